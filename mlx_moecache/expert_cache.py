@@ -1,0 +1,208 @@
+"""The expert cache of a model: per layer a set of residents, a slot pool and where the bytes of the others are.
+
+Knows how to make experts resident (plan, fence, read, publish) and counts what happened. It does not know how bytes
+move (reader.py), who is evicted (eviction.py), or what is computed with the experts (moe_block.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from .checkpoint import ComponentSpec, LayerExtents
+from .errors import BudgetError, ReadError, UsageError
+from .reader import ExpertReader, ReadRequest
+from .residents import Load, Residents
+from .routing import Original, RunningRange, Strategy
+from .slots import SlotPool
+from .stats import CacheStats, PhaseStats
+
+Phase = Literal["prefill", "decode"]
+FILL_BATCH = 16  # experts per read while a layer is filled: enough to keep all threads busy
+
+
+class LayerExperts:
+    """Everything about the experts of one MoE layer."""
+
+    def __init__(
+        self,
+        path: str,
+        extents: LayerExtents,
+        components: Sequence[ComponentSpec],
+        *,
+        num_experts: int,
+        k: int,
+        slots: int,
+        eviction: str,
+        running_range: RunningRange,
+    ) -> None:
+        self.path, self.extents, self.num_experts, self.k = path, extents, num_experts, k
+        self.residents = Residents(num_experts, slots, eviction)
+        self.pool = SlotPool(components, slots)
+        self.range = running_range  # of the router's scores, shared with the selection seam
+        self.on_resize: Callable[[], None] = lambda: (
+            None
+        )  # set by the MoE block: hands the pool's arrays to the model
+
+    @property
+    def bytes_per_expert(self) -> int:
+        return self.extents.bytes_per_expert
+
+
+class ExpertCache:
+    """All MoE layers of one model, their common reader, routing strategy and statistics.
+
+    Not safe for use from several threads; one model serves one request at a time.
+    """
+
+    def __init__(self, layers: Sequence[LayerExperts], reader: ExpertReader, strategy: Strategy) -> None:
+        self.layers = tuple(layers)
+        self.reader = reader
+        self.strategy = strategy
+        self.stats = CacheStats()
+        self.plan_slots: Callable[[str | int], list[int]] | None = (
+            None  # memory -> slots per layer, set by loading
+        )
+        self._phase: Phase | None = None
+        for x in self.layers:
+            self._fill(x)
+
+    # ---- phases ----
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """State what the forward passes inside are. Outside, one row counts as decode and several as prefill."""
+        before, self._phase = self._phase, phase
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def phase_of(self, rows: int) -> Phase:
+        """The phase of a call with `rows` tokens."""
+        return self._phase or ("decode" if rows == 1 else "prefill")
+
+    def is_biased(self, rows: int) -> bool:
+        """True if the strategy may change the selection of a call with `rows` tokens.
+
+        Only a single token at decode is ever biased: the rows of a batch or of a draft under verification would share
+        one residency mask though each changes it.
+        """
+        return rows == 1 and not isinstance(self.strategy, Original) and self.phase_of(rows) == "decode"
+
+    # ---- making experts resident ----
+
+    def stats_for(self, rows: int) -> PhaseStats:
+        """The counters of the phase of a call with `rows` tokens."""
+        return self.stats.decode if self.phase_of(rows) == "decode" else self.stats.prefill
+
+    def load(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
+        """Read `loads` into their slots and publish them; bytes and seconds are counted in `stats`.
+
+        Raises ReadError; residents, their order and the bytes in the slots are then as they were before.
+        """
+        if not loads:
+            return
+        layer.pool.fence()
+        bytes_before, seconds_before = self.reader.bytes_read, self.reader.read_seconds
+        try:
+            self.reader.read([r for x in loads for r in self._requests(layer, x.expert, x.slot)])
+        except BaseException:
+            self._restore(layer, loads)
+            raise
+        finally:
+            stats.bytes_read += self.reader.bytes_read - bytes_before
+            stats.read_seconds += self.reader.read_seconds - seconds_before
+        layer.residents.publish(loads)
+        stats.loads += len(loads)
+
+    # ---- the whole cache ----
+
+    @property
+    def slots_per_layer(self) -> list[int]:
+        return [x.residents.capacity for x in self.layers]
+
+    @property
+    def experts_per_layer(self) -> list[int]:
+        return [x.num_experts for x in self.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(x.pool.nbytes for x in self.layers)
+
+    @property
+    def has_host_reads(self) -> bool:
+        """True if some layer is partly resident, so that the host must see its selections."""
+        return any(not x.residents.is_complete for x in self.layers)
+
+    def reset(self) -> None:
+        """Start as after loading: partly resident layers are empty, running ranges and statistics zero."""
+        for x in self.layers:
+            if x.residents.capacity < x.num_experts:
+                x.residents.clear()
+            x.range.reset()
+        self.stats = CacheStats()
+
+    def resize(self, *, slots: int | Sequence[int] | None = None, memory: str | int | None = None) -> None:
+        """Change the number of slots per layer, or fit them to a memory budget; the output does not change.
+
+        slots: one number for all layers or one per layer; numbers above a layer's experts mean all of them.
+        Raises UsageError or BudgetError before anything changed, ReadError if a layer that now holds all of its
+        experts could not be filled (layers before it have their new size).
+        """
+        if (slots is None) == (memory is None):
+            raise UsageError("resize takes either slots or memory")
+        if memory is not None:
+            if self.plan_slots is None:
+                raise UsageError("this cache was built without a memory plan; resize it by slots")
+            slots = self.plan_slots(memory)
+        assert slots is not None
+        wanted = list(slots) if not isinstance(slots, int) else [slots] * len(self.layers)
+        if len(wanted) != len(self.layers):
+            raise UsageError(
+                f"{len(wanted)} slot counts for {len(self.layers)} MoE layers; give one for each"
+            )
+        for x, s in zip(self.layers, wanted, strict=True):
+            if s < x.k:
+                raise BudgetError(
+                    f"{s} slots are too few for {x.path}: each token uses {x.k} experts; the minimum is {x.k}"
+                )
+        for x, s in zip(self.layers, wanted, strict=True):
+            self._resize_layer(x, min(s, x.num_experts))
+
+    def close(self) -> None:
+        """Release the files. The model can then use only what is resident."""
+        self.reader.close()
+
+    # ---- inside ----
+
+    def _requests(self, layer: LayerExperts, expert: int, slot: int) -> Iterator[ReadRequest]:
+        e = layer.extents
+        for c in range(len(e.nbytes)):
+            yield ReadRequest(e.shards[c][expert], e.offsets[c][expert], layer.pool.view(c, slot))
+
+    def _restore(self, layer: LayerExperts, loads: Sequence[Load]) -> None:
+        """Bring victims whose slots may have been overwritten back, so that a failed read changes nothing."""
+        for x in loads:
+            if x.victim is not None:
+                try:
+                    self.reader.read(list(self._requests(layer, x.victim, x.slot)))
+                except ReadError:
+                    layer.residents.drop(x.victim)  # its bytes are gone, so the slot must not be found again
+
+    def _resize_layer(self, layer: LayerExperts, slots: int) -> None:
+        if slots == layer.residents.capacity:
+            return
+        layer.pool.resize(slots, layer.residents.resize(slots))
+        layer.on_resize()
+        self._fill(layer)
+
+    def _fill(self, layer: LayerExperts) -> None:
+        """Read what is missing of a layer that has a slot for every expert; nobody asked for it, so nobody counts it."""
+        r = layer.residents
+        if r.capacity == layer.num_experts:
+            missing = [e for e in range(layer.num_experts) if e not in r]
+            for i in range(0, len(missing), FILL_BATCH):
+                self.load(layer, r.plan(missing[i : i + FILL_BATCH]), PhaseStats())

@@ -1,0 +1,274 @@
+"""Opening a checkpoint without ever materialising its experts, and putting the parts together.
+
+mlx-lm builds the model lazily; expert tensors are replaced by empty ones before anything is evaluated. Then, in this
+order: routers are tested, memory is planned (or refused), resident weights are read, slots are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model as mlx_lm_load_model
+from mlx_lm.utils import load_tokenizer
+
+from . import footprint, system
+from .budget import ForwardShape, LayerShape, MemoryPlan, parse_memory, plan_memory
+from .checkpoint import LayerExtents, locate_experts, read_index
+from .errors import CheckpointError, MoeCacheError, UnsupportedModelError, UsageError
+from .expert_cache import ExpertCache, LayerExperts
+from .footprint import KVOptions
+from .hub import resolve_model
+from .moe_block import MoeBlock, find_blocks
+from .reader import EmulatedFlash, ExpertReader
+from .routing import Original, Strategy, parse_routing
+
+DEFAULT_MAX_CONTEXT = 4096  # tokens of KV cache that are reserved where the need is not known
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """How much memory the model may use, and what of it is reserved."""
+
+    memory: str | int | None = None  # "4GB", "60%", "auto", bytes; None and no slots: auto
+    slots: int | None = None  # experts per layer, instead of a budget
+    max_context: int = DEFAULT_MAX_CONTEXT  # tokens for which KV cache is reserved
+    prefill_step_size: int | None = None  # tokens per chunk; None: the planner chooses
+    kv: KVOptions = field(default_factory=KVOptions)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How the expert cache behaves."""
+
+    routing: str | Strategy = "cache-prior"
+    strength: float | None = None  # lambda; None: 0.1 * min(1, 3 * slots / experts)
+    top_j: int | None = None  # J; None: 2 if k >= 4, else 1
+    eviction: str = "lru"
+    direct_io: bool = False  # bypass the page cache
+    threads: int = 4
+    flash: EmulatedFlash | None = None  # slow reads down to an emulated device
+
+
+class OpenedModel:
+    """A checkpoint whose model is built and whose experts are located; nothing is in memory yet.
+
+    Raises CheckpointError, UnsupportedModelError or UsageError for models that cannot be opened.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        self.model, self.config = _build_lazily(folder, trust_remote_code)
+        self.blocks: list[MoeBlock] = find_blocks(self.model)
+        self.extents: list[LayerExtents] = [
+            locate_experts(self.index, b.path, b.components, b.num_experts) for b in self.blocks
+        ]
+        dtype, D = footprint.activation_dtype(self.model), footprint.hidden_dims(self.config, self.blocks)
+        self.resident = footprint.resident_bytes(self.model)
+        self._evaluate_routers()
+        self.unreachable = {
+            b.path: reason for b in self.blocks if (reason := b.self_test(dtype, D)) is not None
+        }
+        self.trust_remote_code = trust_remote_code
+
+    def tokenizer(self, *, extra_eos_tokens: tuple[str, ...] = ()) -> TokenizerWrapper:
+        """The checkpoint's tokenizer. Raises CheckpointError if it has none."""
+        try:
+            tokenizer = load_tokenizer(
+                self.folder, {"trust_remote_code": self.trust_remote_code}, self.config.get("eos_token_id")
+            )
+            for token in extra_eos_tokens:
+                tokenizer.add_eos_token(token)
+        except ValueError as e:
+            raise UsageError(f"the tokenizer in {self.folder} cannot be used: {_one_line(e)}") from e
+        except Exception as e:  # transformers raises whatever a broken file makes it stumble over
+            raise CheckpointError(
+                f"no usable tokenizer in {self.folder}: {_one_line(e)}; download the model again"
+            ) from e
+        return tokenizer
+
+    @property
+    def layer_shapes(self) -> list[LayerShape]:
+        return [LayerShape(b.path, b.num_experts, b.k, b.bytes_per_expert) for b in self.blocks]
+
+    def plan(self, options: MemoryOptions, *, host_buffers: int = 0) -> MemoryPlan:
+        """The memory plan that `load` follows. Raises BudgetError or UsageError."""
+        if options.memory is not None and options.slots is not None:
+            raise UsageError(
+                "give either memory or slots, not both: slots say how much memory the experts take"
+            )
+        if options.max_context < 1:
+            raise UsageError(f"max context must be at least 1 token, not {options.max_context}")
+        memory: str | int = "auto" if options.memory is None else options.memory
+        budget = None
+        if options.slots is None:
+            budget = parse_memory(
+                memory, physical=system.physical_memory(), recommended=system.recommended_working_set()
+            )
+        chunk = options.prefill_step_size or 2048
+        kv, largest = footprint.kv_cache_bytes(self.model, options.max_context, options.kv, chunk)
+        forward = footprint.forward_shape(
+            self.model, self.config, self.blocks, context=options.max_context, largest_kv_layer=largest
+        )
+        return plan_memory(
+            self.layer_shapes,
+            forward,
+            resident=self.resident,
+            kv=kv,
+            host_buffers=host_buffers,
+            budget=budget,
+            slots=options.slots,
+            prefill_step_size=options.prefill_step_size,
+        )
+
+    def load(self, memory: MemoryOptions, cache: CacheOptions) -> nn.Module:
+        """Read the resident weights, make the slots and attach the cache as ``model.expert_cache``.
+
+        Raises BudgetError before anything is read, ReadError if reading fails. May be called once.
+        """
+        reader = ExpertReader(
+            self.index.shards, threads=cache.threads, direct_io=cache.direct_io, flash=cache.flash
+        )
+        try:
+            plan = self.plan(memory, host_buffers=reader.host_buffer_bytes)
+            strategy = parse_routing(
+                cache.routing,
+                strength=cache.strength,
+                top_j=cache.top_j,
+                k=min(b.k for b in self.blocks),
+                slots=sum(plan.slots_per_layer),
+                experts=sum(b.num_experts for b in self.blocks),
+            )
+            self._refuse_unreachable(strategy)
+            system.limit_buffer_cache()
+            mx.eval(list(footprint.model_arrays(self.model)))
+            layers = [
+                LayerExperts(
+                    b.path,
+                    extents,
+                    b.components,
+                    num_experts=b.num_experts,
+                    k=b.k,
+                    slots=slots,
+                    eviction=cache.eviction,
+                    running_range=b.running_range,
+                )
+                for b, extents, slots in zip(self.blocks, self.extents, plan.slots_per_layer, strict=True)
+            ]
+            expert_cache = ExpertCache(layers, reader, strategy)
+            expert_cache.plan_slots = self._slot_planner(plan, reader)
+            for block, layer in zip(self.blocks, layers, strict=True):
+                block.attach(expert_cache, layer)
+        except BaseException:
+            reader.close()
+            raise
+        self.model.expert_cache = expert_cache
+        self.model.memory_plan = plan
+        return self.model
+
+    def _evaluate_routers(self) -> None:
+        """The self-test runs the blocks, so what they hold beside experts is read now; it is resident anyway."""
+        for b in self.blocks:
+            mx.eval(list(footprint.model_arrays(b.block)))
+
+    def _refuse_unreachable(self, strategy: Strategy) -> None:
+        if self.unreachable and not isinstance(strategy, Original):
+            path, reason = next(iter(self.unreachable.items()))
+            raise UnsupportedModelError(
+                f"the router of {path} ({self.config.get('model_type')}) cannot be biased: {reason}; "
+                "use --exact (routing='original') to stream this model without the bias"
+            )
+
+    def _slot_planner(self, plan: MemoryPlan, reader: ExpertReader) -> Callable[[str | int], list[int]]:
+        shapes = self.layer_shapes
+
+        def slots(memory: str | int) -> list[int]:
+            budget = parse_memory(
+                memory, physical=system.physical_memory(), recommended=system.recommended_working_set()
+            )
+            fixed = ForwardShape(0, 0, plan.transient)
+            return list(
+                plan_memory(
+                    shapes,
+                    fixed,
+                    resident=plan.resident,
+                    kv=plan.kv,
+                    host_buffers=reader.host_buffer_bytes,
+                    budget=budget,
+                    prefill_step_size=plan.prefill_step_size,
+                ).slots_per_layer
+            )
+
+        return slots
+
+
+def load(
+    path_or_repo: str,
+    *,
+    memory: str | int | None = None,
+    slots: int | None = None,
+    max_context: int = DEFAULT_MAX_CONTEXT,
+    routing: str | Strategy = "cache-prior",
+    strength: float | None = None,
+    top_j: int | None = None,
+    eviction: str = "lru",
+    direct_io: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a Mixture-of-Experts model within a memory budget; experts beyond it stay on disk.
+
+    path_or_repo: a model folder or a Hugging Face repo id (downloaded once, with progress bars on a terminal).
+    memory: "6GB", "60%" (of RAM), "auto" or bytes, for everything that the model causes; slots: experts per layer,
+    instead. max_context: tokens for which KV cache is reserved. routing: a name, a spec such as
+    "cache-prior:strength=0.05,j=1", or a strategy of mlx_moecache.routing; "original" is exact. strength, top_j: the
+    paper's lambda and J. eviction: "lru" or "lfu". direct_io: bypass the page cache.
+
+    Returns (model, tokenizer). ``model.expert_cache`` has statistics, resize, reset and close; the model also works
+    with mlx_lm's own generate and stream_generate, where one row counts as decode.
+
+        model, tokenizer = load("mlx-community/Qwen1.5-MoE-A2.7B-Chat-4bit", memory="4GB")
+
+    Raises HubError, CheckpointError, UnsupportedModelError, BudgetError, UsageError or ReadError.
+    """
+    opened = OpenedModel(resolve_model(path_or_repo, revision=revision), trust_remote_code=trust_remote_code)
+    tokenizer = opened.tokenizer()
+    model = opened.load(
+        MemoryOptions(memory=memory, slots=slots, max_context=max_context),
+        CacheOptions(routing=routing, strength=strength, top_j=top_j, eviction=eviction, direct_io=direct_io),
+    )
+    return model, tokenizer
+
+
+def _build_lazily(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        model, config = mlx_lm_load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    except MoeCacheError:
+        raise
+    except ValueError as e:
+        text = _one_line(e)
+        if "trust_remote_code" in text:
+            raise UsageError(
+                f"{folder} brings its own model code; add --trust-remote-code if you trust it"
+            ) from e
+        if "not supported" in text:
+            raise UnsupportedModelError(
+                f"mlx-lm cannot build this model: {text}; upgrade mlx-lm or choose another"
+            ) from e
+        raise CheckpointError(f"the weights in {folder} do not fit its config.json: {text}") from e
+    except Exception as e:  # a config that lacks keys makes model code raise KeyError, TypeError and others
+        raise CheckpointError(
+            f"mlx-lm cannot build the model in {folder}: {type(e).__name__}: {_one_line(e)}"
+        ) from e
+    return model, config
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

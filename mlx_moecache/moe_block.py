@@ -1,0 +1,271 @@
+"""The custom MoE block: mlx-lm's own block and switch, with a selection seam on the router and slots in the switch.
+
+The storage half stands here: the switch module keeps its class, code and projections, but its tensors are slot pools
+[S, ...] and its expert numbers become slot numbers. One evaluation per partly resident layer and call brings the
+selected experts to the host; a layer whose experts are all resident runs the original code and never looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
+
+from .checkpoint import ComponentSpec
+from .errors import UnsupportedModelError
+from .expert_cache import ExpertCache, LayerExperts
+from .routing import Original, RunningRange
+from .seam import SelectionSeam, find_owner
+from .stats import PhaseStats
+
+PROBE_ROWS = 32  # tokens of the load-time self-test
+Switch = Callable[[mx.array, mx.array], mx.array]
+
+
+class MoeBlock:
+    """One MoE layer of the model. Until `attach`, its switch is a probe that reads no expert (for planning)."""
+
+    def __init__(self, path: str, block: nn.Module, name: str) -> None:
+        self.path = f"{path}.{name}" if path else name
+        self.block, self.switch = block, block[name]
+        self.components = _components(self.path, self.switch)
+        projection = next(iter(_projections(self.switch).values()))
+        self.num_experts: int = projection.num_experts
+        last = self.switch.down_proj if isinstance(self.switch, SwitchGLU) else self.switch.fc2
+        self.output_dims: int = last.output_dims
+        self.inner_dims: int = last.input_dims
+        self.k = 0  # experts per token, seen by the self-test
+        self.bit_exact = False  # the cloned router gave bit-equal results, so it may also observe exact runs
+        self.bytes_per_expert = sum(c.nbytes for c in self.components)
+        owner = find_owner(block, (name,))
+        self.seam = SelectionSeam(owner) if owner is not None else None
+        self._run: Switch = self._probe
+        self._mask: tuple[int, mx.array] | None = None
+        self._strip()
+        self._install()
+
+    @property
+    def running_range(self) -> RunningRange:
+        """D of this layer; the seam updates it, the cache resets it."""
+        return self.seam.range if self.seam is not None else RunningRange()
+
+    # ---- before loading ----
+
+    def self_test(self, dtype: mx.Dtype, hidden_dims: int) -> str | None:
+        """Run the block on random rows with the original and with the cloned router; None if the seam works.
+
+        Finds k, and requires equal outputs (bit-equal, or within rounding where compiled and uncompiled code may
+        differ) and exactly one selection. Otherwise returns the reason, and the layer must stay unbiased.
+        """
+        key = mx.random.key(len(self.path))  # its own key: the user's seed is not consumed
+        x = mx.random.normal((1, PROBE_ROWS, hidden_dims), key=key).astype(dtype)
+        self._probed_k = 0
+        expected = self.block(x)
+        mx.eval(expected)
+        self.k = self._probed_k
+        if self.seam is None:
+            return "its router does not select with argpartition"
+        self.seam.enabled, self.seam.selections = True, 0
+        try:
+            seen = self.block(x)
+            mx.eval(seen)
+        finally:
+            self.seam.enabled = False
+        if self.seam.selections != 1 or self.seam.take() is None:
+            return f"the selection was seen {self.seam.selections} times instead of once"
+        self.bit_exact = bool(mx.array_equal(expected, seen, equal_nan=True))
+        if not self.bit_exact and not mx.allclose(expected, seen, rtol=1e-2, atol=1e-3):
+            return "the observed router gives other results than the original"
+        return None
+
+    # ---- running ----
+
+    def attach(self, cache: ExpertCache, layer: LayerExperts) -> None:
+        """Replace the probe by the cache: from here on the block computes."""
+        self.cache, self.layer = cache, layer
+        layer.on_resize = self._adopt_pool
+        if self.seam is not None:
+            self.seam.strategy = cache.strategy
+            self.seam.bias_mask = self._bias_mask
+        self._run = self._cached
+        self._adopt_pool()
+
+    def _cached(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x [.., D] and expert numbers [.., K] -> [.., K, D], as the upstream switch."""
+        layer, cache = self.layer, self.cache
+        if layer.residents.is_complete:
+            return self._upstream(x, indices)
+        k = indices.shape[-1]
+        rows = indices.size // k
+        ids, scores, swapped = self._read_host(indices.reshape(rows, k))
+        uses = _uses(ids, scores)
+        stats = cache.stats_for(rows)
+        misses = sum(n for e, n in uses if e not in layer.residents)
+        needed = [e for e, _ in uses]
+        if len(needed) > layer.residents.capacity:
+            y = self._in_waves(x, ids, needed, stats).reshape(*indices.shape, -1)
+            layer.residents.touch(uses)
+        else:
+            cache.load(layer, layer.residents.plan(needed), stats)
+            layer.residents.touch(uses)
+            slots = np.array([layer.residents.slot_of(e) for e in ids.ravel().tolist()], dtype=np.uint32)
+            y = self._upstream(x, mx.array(slots.reshape(indices.shape)))
+            if rows == 1:
+                layer.pool.track(y)
+            else:
+                mx.eval(y)  # tracking it would keep a whole chunk's outputs of every layer alive
+        stats.selections += ids.size
+        stats.misses += misses
+        stats.hits += ids.size - misses
+        stats.swapped += swapped
+        return y
+
+    def _read_host(
+        self, indices: mx.array
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
+        """The layer's only host read: selected experts [T, K], their scores [T, K], number of swapped selections."""
+        seen = self.seam.take() if self.seam is not None else None
+        if seen is None:
+            mx.eval(indices)
+            return np.array(indices), None, 0
+        scores = mx.take_along_axis(seen.scores, indices, axis=-1)
+        lazy = [a for a in (indices, scores, seen.mean_range, seen.swapped) if a is not None]
+        mx.eval(*lazy)
+        return np.array(indices), np.array(scores), 0 if seen.swapped is None else int(np.array(seen.swapped))
+
+    def _in_waves(
+        self, x: mx.array, ids: npt.NDArray[np.uint32], needed: Sequence[int], stats: PhaseStats
+    ) -> mx.array:
+        """More experts than slots: [T * K, D] outputs, computed in waves that each read their experts first."""
+        layer = self.layer
+        k = ids.shape[1]
+        rows_of_x = x.reshape(-1, x.shape[-1])
+        experts = ids.ravel()
+        slot_of = np.zeros(self.num_experts, dtype=np.uint32)
+        parts, order = [], []
+        for wave in layer.residents.plan_waves(needed):
+            self.cache.load(layer, wave.loads, stats)
+            in_wave = np.zeros(self.num_experts, dtype=bool)
+            for e in wave.experts:
+                in_wave[e], slot_of[e] = True, layer.residents.slot_of(e)
+            positions = np.flatnonzero(in_wave[experts])
+            positions = positions[np.argsort(experts[positions], kind="stable")]
+            rows = mx.array((positions // k).astype(np.uint32))
+            slots = mx.array(slot_of[experts[positions]])
+            y = self._upstream(rows_of_x[rows], slots[:, None])
+            mx.eval(y)  # the next wave overwrites these slots
+            parts.append(y.squeeze(-2))
+            order.append(positions)
+        inverse = np.empty(experts.size, dtype=np.uint32)
+        inverse[np.concatenate(order)] = np.arange(experts.size, dtype=np.uint32)
+        out = mx.concatenate(parts)[mx.array(inverse)]
+        mx.eval(out)
+        return out
+
+    def _bias_mask(self, rows: int) -> mx.array | None:
+        """[E] with 1 for resident experts if this call is biased; kept until the set of residents changes."""
+        if not self.cache.is_biased(rows):
+            return None
+        residents = self.layer.residents
+        if self._mask is None or self._mask[0] != residents.version:
+            mask = np.zeros(self.num_experts, dtype=np.float32)
+            mask[list(residents.experts)] = 1.0
+            self._mask = (residents.version, mx.array(mask))
+        return self._mask[1]
+
+    def _adopt_pool(self) -> None:
+        """Put the pool's arrays into the projections and switch the seam on where the host looks anyway."""
+        for name, array in self.layer.pool.arrays.items():
+            projection, _, tensor = name.rpartition(".")
+            self.switch[projection][tensor] = array
+        if self.seam is not None:
+            biased = not isinstance(self.seam.strategy, Original)
+            partly = self.layer.residents.capacity < self.num_experts
+            self.seam.enabled = partly and (biased or self.bit_exact)
+
+    # ---- installation ----
+
+    def _probe(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Outputs that depend on expert, position in the top-k and channel, so that the self-test sees any change."""
+        self._probed_k = indices.shape[-1]
+        channel = mx.arange(1, self.output_dims + 1, dtype=mx.float32) / self.output_dims
+        return (indices[..., None].astype(mx.float32) / self.num_experts * channel).astype(x.dtype)
+
+    def _strip(self) -> None:
+        """Drop the lazy expert tensors, so that nothing can ever evaluate them."""
+        for projection in _projections(self.switch).values():
+            for name, value in list(projection.items()):
+                if isinstance(value, mx.array):
+                    projection[name] = mx.zeros((0, *value.shape[1:]), dtype=value.dtype)
+
+    def _install(self) -> None:
+        cls = type(self.switch)
+        upstream, moe = cls.__call__, self
+        self._upstream: Switch = lambda x, indices: upstream(self.switch, x, indices)
+
+        def call(module: nn.Module, x: mx.array, indices: mx.array) -> Any:
+            return moe._run(x, indices)
+
+        self.switch.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+def find_blocks(model: nn.Module) -> list[MoeBlock]:
+    """Wrap every MoE layer of a lazily loaded `model`. Raises UnsupportedModelError if it has none, or adapters."""
+    modules = dict(model.named_modules())
+    blocks = []
+    for path, module in sorted(modules.items(), key=lambda item: _natural(item[0])):
+        if isinstance(module, SwitchGLU | SwitchMLP):
+            parent, _, name = path.rpartition(".")
+            blocks.append(MoeBlock(parent, modules[parent], name))
+    if not blocks:
+        raise UnsupportedModelError(
+            "this model has no routed experts (it is dense, or its experts are not mlx-lm switch layers); "
+            "run it with mlx_lm.generate instead"
+        )
+    return blocks
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+
+
+def _projections(switch: nn.Module) -> dict[str, Any]:
+    return {
+        n: m
+        for n, m in switch.items()
+        if isinstance(m, nn.Module) and n in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+    }
+
+
+def _components(path: str, switch: nn.Module) -> tuple[ComponentSpec, ...]:
+    components = []
+    for name, projection in sorted(_projections(switch).items()):
+        if type(projection) not in (SwitchLinear, QuantizedSwitchLinear):
+            raise UnsupportedModelError(
+                f"{path}.{name} is a {type(projection).__name__}: adapters on expert layers cannot be streamed; "
+                "fuse them into the model with mlx_lm.fuse first"
+            )
+        for tensor, value in projection.items():
+            if isinstance(value, mx.array):
+                dtype = str(value.dtype).rpartition(".")[2]
+                components.append(ComponentSpec(f"{name}.{tensor}", dtype, tuple(value.shape[1:])))
+    return tuple(components)
+
+
+def _uses(ids: npt.NDArray[np.uint32], scores: npt.NDArray[np.float32] | None) -> list[tuple[int, int]]:
+    """(expert, number of selections) ordered by last use.
+
+    Tokens count in their order; within a token the experts are touched from the highest score to the lowest (equal
+    scores: lower number first), as the paper's author does, so the best expert of a token is the oldest of its k.
+    """
+    if scores is not None:
+        order = np.lexsort((ids, -scores), axis=-1)
+        ids = np.take_along_axis(ids, order, axis=-1)
+    experts, last, counts = np.unique(ids.ravel()[::-1], return_index=True, return_counts=True)
+    oldest_first = np.argsort(-last)
+    return list(zip(experts[oldest_first].tolist(), counts[oldest_first].tolist(), strict=True))

@@ -1,0 +1,272 @@
+"""Bring byte ranges of the shards into given memory: threads, short reads, failures, emulated flash speed.
+
+The reader knows files and memoryviews. What an expert is, which MLX array the memory belongs to and whether
+its bytes are wanted again are for others to know. Its threads move bytes and call nothing of MLX.
+"""
+
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from mlx_moecache.direct_io import BounceArena, BounceBuffer, drop_from_page_cache, open_shards, read_into
+from mlx_moecache.errors import ReadError
+
+# Measured with benchmarks/expert_reads.py: pieces of half to one MiB keep a fast disk busy from four threads.
+PIECE_BYTES = 512 * 1024
+# Below this a buffered batch is read on the calling thread: waking a worker costs more than the reads.
+INLINE_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    shard: int  # index into the reader's shards
+    offset: int  # bytes from the start of the file
+    view: memoryview  # writable, contiguous, cast to "B"; its length is the byte count
+
+
+@dataclass(frozen=True)
+class EmulatedFlash:
+    """A slower storage device: each `read()` call takes at least latency + bytes / speed of wall time.
+
+    The latency is charged once per call, whatever the number of requests in it, and nothing else is added.
+    A disk that is slower than the emulated one is not made faster.
+    """
+
+    bytes_per_second: float
+    latency_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Neighbouring bytes of one shard, read by one call; they may end up in several places."""
+
+    shard: int
+    offset: int
+    nbytes: int
+    views: tuple[memoryview, ...]
+
+
+class _Batch:
+    """The pieces of one `read()` call, shared by the workers that take them one by one."""
+
+    def __init__(self, pieces: Sequence[_Piece]) -> None:
+        self.failure: BaseException | None = None  # the first one
+        self._pending = deque(pieces)
+        self._running = 0
+        self._changed = threading.Condition()
+
+    def work(self, read_piece: Callable[[_Piece], None]) -> None:
+        """Take and read pieces until none is left; a failure discards those that nobody has taken yet."""
+        while True:
+            with self._changed:
+                if not self._pending:
+                    return
+                piece = self._pending.popleft()
+                self._running += 1
+            failure: BaseException | None = None
+            try:
+                read_piece(piece)
+            except BaseException as error:
+                failure = error
+            with self._changed:
+                self._running -= 1
+                if failure is not None:
+                    self.failure = self.failure or failure
+                    self._pending.clear()
+                if not self._running and not self._pending:
+                    self._changed.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Return when no piece is pending and none is being read."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running and not self._pending)
+
+    def discard_pending(self) -> None:
+        """Let nobody take another piece."""
+        with self._changed:
+            self._pending.clear()
+
+
+class ExpertReader:
+    """Reads byte ranges of a fixed list of shards into memory that the caller owns.
+
+    `threads` workers share the pieces of one `read()` call; calls from several threads take turns.
+    Raises ReadError if a shard cannot be opened.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        *,
+        threads: int = 4,
+        direct_io: bool = False,
+        flash: EmulatedFlash | None = None,
+    ) -> None:
+        self.bytes_read = 0
+        self.read_seconds = 0.0
+        self._shards = tuple(shards)
+        self._threads = max(1, threads)
+        self._flash = flash
+        try:
+            opened = open_shards(self._shards, direct=direct_io)
+        except OSError as error:
+            raise ReadError(
+                f"cannot open shard {error.filename}: {error.strerror}; check that the checkpoint is "
+                "complete and readable"
+            ) from error
+        self.io_mode = opened.mode
+        self.io_note = opened.note
+        self._descriptors = opened.descriptors
+        self._piece_bytes = PIECE_BYTES
+        self._arena: BounceArena | None = None
+        self._bounces: queue.SimpleQueue[BounceBuffer] = queue.SimpleQueue()
+        if opened.mode == "direct":
+            self._arena = BounceArena(self._threads, PIECE_BYTES, opened.alignment)
+            self._piece_bytes = PIECE_BYTES - opened.alignment
+            for bounce in self._arena.buffers:
+                self._bounces.put(bounce)
+        self.host_buffer_bytes = self._arena.nbytes if self._arena is not None else 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._one_call = threading.Lock()
+        self._closed = False
+        # Descriptors are plain numbers: without this a forgotten reader would leak them.
+        self._close_descriptors = weakref.finalize(self, _close_all, self._descriptors)
+
+    def read(self, requests: Sequence[ReadRequest]) -> None:
+        """Fill the view of every request; returns when all bytes have landed.
+
+        On the first failure the pieces still queued are dropped. ReadError, as KeyboardInterrupt, leaves this
+        call only when every worker is idle: no byte lands after it. The views then hold an unknown mix of old
+        and new bytes, the counter of bytes is unchanged, and the call may be repeated.
+        """
+        with self._one_call:
+            if self._closed:
+                raise ReadError("the reader is closed; open the model again to read its experts")
+            started = time.perf_counter()
+            try:
+                pieces = _split(requests, self._piece_bytes)
+                nbytes = sum(piece.nbytes for piece in pieces)
+                if pieces:
+                    self._read_pieces(pieces, nbytes)
+                    if self._flash is not None:
+                        least = self._flash.latency_seconds + nbytes / self._flash.bytes_per_second
+                        time.sleep(max(0.0, started + least - time.perf_counter()))
+                    self.bytes_read += nbytes
+            finally:
+                self.read_seconds += time.perf_counter() - started
+
+    def close(self) -> None:
+        """Stop the workers and close the shards; waits for a running `read()`. Closing again does nothing."""
+        with self._one_call:
+            self._closed = True
+            if self._pool is not None:
+                self._pool.shutdown(wait=True)
+                self._pool = None
+            if self._arena is not None:
+                self._arena.close()
+                self._arena = None
+                self.host_buffer_bytes = 0
+            self._close_descriptors()
+
+    def __enter__(self) -> "ExpertReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_pieces(self, pieces: list[_Piece], nbytes: int) -> None:
+        if len(pieces) == 1 or (self._arena is None and nbytes <= INLINE_BYTES):
+            for piece in pieces:
+                self._read_piece(piece)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-reader")
+        batch = _Batch(pieces)
+        failure: BaseException | None = None
+        try:
+            for _ in range(min(self._threads, len(pieces))):
+                self._pool.submit(batch.work, self._read_piece)
+            batch.wait_until_idle()
+            failure = batch.failure
+        except BaseException as error:  # KeyboardInterrupt, or no thread could be started
+            failure = error
+            _settle(batch)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                # The traceback holds this frame; as a cycle it would keep the caller's memory alive.
+                del failure, batch
+
+    def _read_piece(self, piece: _Piece) -> None:
+        descriptor = self._descriptors[piece.shard]
+        try:
+            if self._arena is not None:
+                bounce = self._bounces.get()
+                try:
+                    got = bounce.read_into(descriptor, piece.views, piece.offset)
+                finally:
+                    self._bounces.put(bounce)
+            else:
+                got = read_into(descriptor, piece.views, piece.offset)
+            if self.io_mode == "fadvise":
+                drop_from_page_cache(descriptor, piece.offset, piece.nbytes)
+        except OSError as error:
+            raise ReadError(
+                f"cannot read {piece.nbytes} bytes at offset {piece.offset} of {self._shards[piece.shard]}: "
+                f"{error.strerror or error}; check the disk and try again"
+            ) from error
+        if got < piece.nbytes:
+            raise ReadError(
+                f"{self._shards[piece.shard]} ends early: wanted {piece.nbytes} bytes at offset "
+                f"{piece.offset}, got {got}; the file is truncated or was changed, download it again"
+            )
+
+
+def _split(requests: Sequence[ReadRequest], most: int) -> list[_Piece]:
+    """Requests in file order as pieces of at most `most` bytes: neighbours joined, long ones cut."""
+    pieces: list[_Piece] = []
+    views: list[memoryview] = []  # the piece that is being put together
+    shard = offset = nbytes = 0
+    for request in sorted(requests, key=lambda request: (request.shard, request.offset)):
+        taken = 0
+        while taken < len(request.view):
+            here = request.offset + taken
+            if nbytes and (request.shard != shard or here != offset + nbytes or nbytes == most):
+                pieces.append(_Piece(shard, offset, nbytes, tuple(views)))
+                views, nbytes = [], 0
+            if not nbytes:
+                shard, offset = request.shard, here
+            part = request.view[taken : taken + most - nbytes]
+            views.append(part)
+            nbytes += len(part)
+            taken += len(part)
+    if nbytes:
+        pieces.append(_Piece(shard, offset, nbytes, tuple(views)))
+    return pieces
+
+
+def _settle(batch: _Batch) -> None:
+    """Stop a batch and wait for its workers, however often the user presses Ctrl-C meanwhile."""
+    while True:
+        try:
+            batch.discard_pending()
+            batch.wait_until_idle()
+            return
+        except KeyboardInterrupt:
+            continue
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,155 @@
+"""Which expert of one layer sits in which slot, what has to be loaded, and in which order. Plain Python, no arrays.
+
+Planning changes nothing; `publish` and `drop` do. So a read that fails between the two leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from .eviction import make_policy, victims
+
+
+@dataclass(frozen=True)
+class Load:
+    """Read `expert` into `slot`, where `victim` (None: nobody) is now."""
+
+    expert: int
+    slot: int
+    victim: int | None
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Experts that are computed together after `loads` have landed."""
+
+    experts: list[int]
+    loads: list[Load]
+
+
+class Residents:
+    """The experts of one layer that are in memory: at most `capacity` of `num_experts`."""
+
+    def __init__(self, num_experts: int, capacity: int, eviction: str) -> None:
+        self.num_experts, self.capacity, self.eviction = num_experts, capacity, eviction
+        self.version = 0  # changes whenever the set of resident experts does
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(capacity - 1, -1, -1))
+        self._policy = make_policy(eviction)
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._slot_of
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    @property
+    def experts(self) -> Collection[int]:
+        """The resident experts, in no particular order."""
+        return self._slot_of.keys()
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every expert has a slot of its own and is in it."""
+        return len(self._slot_of) == self.num_experts
+
+    def slot_of(self, expert: int) -> int:
+        return self._slot_of[expert]
+
+    def eviction_order(self) -> list[int]:
+        """The resident experts, the first to be evicted first."""
+        return list(self._policy.order())
+
+    def plan(self, needed: Sequence[int]) -> list[Load]:
+        """Loads that make all of `needed` (distinct, at most `capacity`) resident without evicting one of them."""
+        missing = [e for e in needed if e not in self._slot_of]
+        if not missing:
+            return []
+        out = victims(self._policy, len(missing) - len(self._free), frozenset(needed))
+        slots: list[tuple[int, int | None]] = [(s, None) for s in reversed(self._free[-len(missing) :])]
+        slots += [(self._slot_of[v], v) for v in out]
+        return [Load(e, s, v) for e, (s, v) in zip(missing, slots, strict=False)]
+
+    def plan_waves(self, touched: Sequence[int]) -> list[Wave]:
+        """Serve more experts than there are slots, each read at most once.
+
+        `touched` is distinct and ordered by last use, the most recent last. Residents are served first, without reads.
+        Then the missing ones follow, oldest first, through the slots of experts that are not among the `capacity` most
+        recently used, so that these end up resident. If there are hardly any such slots, a quarter of the capacity is
+        given up as well: one expert at a time would cost one evaluation for each.
+        """
+        touched_set, keep = set(touched), set(touched[-self.capacity :])
+        present = [e for e in touched if e in self._slot_of]
+        missing = [e for e in touched if e not in self._slot_of]
+        old = [e for e in self.eviction_order() if e not in touched_set]
+        passed = [e for e in present if e not in keep]
+        usable: list[tuple[int, int | None]] = [(s, None) for s in reversed(self._free)]
+        usable += [(self._slot_of[e], e) for e in old + passed]
+        least = min(len(missing), max(1, self.capacity // 4))
+        if len(usable) < least:
+            kept = [e for e in present if e in keep]
+            usable += [(self._slot_of[e], e) for e in kept[: least - len(usable)]]
+        width = min(len(usable), len(missing))
+        waves = [Wave(present, [])] if present else []
+        first = len(missing) % width or width  # so that the last wave fills all usable slots
+        start, occupants = 0, usable[:width]
+        while start < len(missing):
+            end = start + (first if start == 0 else width)
+            experts = missing[start:end]
+            loads = [Load(e, s, v) for e, (s, v) in zip(experts, occupants, strict=False)]
+            waves.append(Wave(experts, loads))
+            occupants = [(x.slot, x.expert) for x in loads] + occupants[len(loads) :]
+            start = end
+        return waves
+
+    def publish(self, loads: Sequence[Load]) -> None:
+        """The bytes of `loads` have landed: their victims are gone, their experts resident."""
+        for x in loads:
+            if x.victim is not None:
+                del self._slot_of[x.victim]
+                self._policy.remove(x.victim)
+            else:
+                self._free.remove(x.slot)
+            self._slot_of[x.expert] = x.slot
+            self._policy.insert(x.expert)
+        self.version += bool(loads)
+
+    def drop(self, expert: int) -> None:
+        """The bytes of a resident expert are lost: its slot is free."""
+        self._free.append(self._slot_of.pop(expert))
+        self._policy.remove(expert)
+        self.version += 1
+
+    def touch(self, uses: Sequence[tuple[int, int]]) -> None:
+        """Record selections: (expert, count) ordered by last use. Experts that are no longer resident are skipped."""
+        for expert, count in uses:
+            if expert in self._slot_of:
+                self._policy.touch(expert, count)
+
+    def clear(self) -> None:
+        """Forget all residents and their history."""
+        self._slot_of.clear()
+        self._free = list(range(self.capacity - 1, -1, -1))
+        self._policy = make_policy(self.eviction)
+        self.version += 1
+
+    def resize(self, capacity: int) -> dict[int, int]:
+        """Change the number of slots, keeping those experts that would be evicted last.
+
+        Returns old slot -> new slot of the experts kept. A layer that can hold all experts puts expert e into slot e,
+        so that expert numbers are slot numbers.
+        """
+        order = self.eviction_order()[-capacity:]
+        whole = capacity == self.num_experts
+        moves, slot_of = {}, {}
+        policy = make_policy(self.eviction)
+        for i, expert in enumerate(order):
+            slot_of[expert] = expert if whole else i
+            moves[self._slot_of[expert]] = slot_of[expert]
+            policy.insert(expert)
+        used = set(slot_of.values())
+        self.capacity, self._slot_of, self._policy = capacity, slot_of, policy
+        self._free = [s for s in range(capacity - 1, -1, -1) if s not in used]
+        self.version += 1
+        return moves

@@ -1,0 +1,85 @@
+"""One layer's slot tensors: preallocated MLX arrays [S, ...] and zero-copy writable views of each slot.
+
+Knows arrays and bytes; does not know which expert belongs where. Bytes are written through the buffer protocol, never
+with ``pool[i] = x``, which copies the whole array whenever a pending operation still holds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .checkpoint import ComponentSpec
+from .errors import UnsupportedModelError
+
+MAX_UNFENCED = 16  # outputs kept before they are evaluated; at decode one is a few kilobytes
+MAX_ELEMENTS = 2**31 - 1  # MLX shapes are int32
+
+
+class SlotPool:
+    """S slots for one expert each; every tensor of an expert (a component) has one array [S, *shape].
+
+    The fence: a raw write is seen by operations that are still pending, so every output computed from the pool is
+    handed to `track`, and `fence` must be called before the first write of a call. It evaluates the outputs tracked
+    since the last fence, a no-op for those that are evaluated already.
+    """
+
+    def __init__(self, components: Sequence[ComponentSpec], slots: int) -> None:
+        self.components = tuple(components)
+        self.slots = slots
+        self.arrays: dict[str, mx.array] = {}
+        self._views: list[memoryview] = []
+        self._unfenced: list[mx.array] = []
+        for c in self.components:
+            self.arrays[c.name], view = _allocate(c, slots)
+            self._views.append(view)
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots * sum(c.nbytes for c in self.components)
+
+    def view(self, component: int, slot: int) -> memoryview:
+        """Writable bytes of one component of the expert in `slot`."""
+        n = self.components[component].nbytes
+        return self._views[component][slot * n : (slot + 1) * n]
+
+    def track(self, output: mx.array) -> None:
+        """Remember a lazy `output` that reads the slots, until the next fence."""
+        self._unfenced.append(output)
+        if len(self._unfenced) > MAX_UNFENCED:
+            self.fence()
+
+    def fence(self) -> None:
+        """Evaluate every output that may still read a slot. Call before writing."""
+        if self._unfenced:
+            mx.eval(*self._unfenced)
+            self._unfenced.clear()
+
+    def resize(self, slots: int, moves: Mapping[int, int]) -> None:
+        """Change to `slots` slots; `moves` says which old slot's bytes go to which new slot, the others are dropped.
+
+        One component is moved at a time, so that at most its new array exists beside the old ones. Pending operations
+        keep the old arrays, which are not written again.
+        """
+        for i, c in enumerate(self.components):
+            array, view = _allocate(c, slots)
+            n, old = c.nbytes, self._views[i]
+            for source, target in moves.items():
+                view[target * n : (target + 1) * n] = old[source * n : (source + 1) * n]
+            self.arrays[c.name], self._views[i] = array, view
+        self.slots = slots
+        self._unfenced.clear()
+
+
+def _allocate(c: ComponentSpec, slots: int) -> tuple[mx.array, memoryview]:
+    if slots * math.prod(c.shape) > MAX_ELEMENTS:
+        raise UnsupportedModelError(
+            f"{slots} slots of {c.name} {c.shape} exceed MLX's limit of 2^31 elements in one array; use fewer --slots"
+        )
+    array = mx.zeros((slots, *c.shape), dtype=getattr(mx, c.dtype))
+    mx.eval(array)  # a lazy array has no buffer yet
+    buffer: Any = array  # the stubs do not tell that arrays support the buffer protocol
+    return array, memoryview(buffer).cast("B")
