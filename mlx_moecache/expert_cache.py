@@ -41,9 +41,7 @@ class LayerExperts:
         self.residents = Residents(num_experts, slots, eviction)
         self.pool = SlotPool(components, slots)
         self.range = running_range  # of the router's scores, shared with the selection seam
-        self.on_resize: Callable[[], None] = lambda: (
-            None
-        )  # set by the MoE block: hands the pool's arrays to the model
+        self.on_resize: Callable[[], None] = lambda: None  # set by the MoE block: hands the pool's arrays to the model
 
     @property
     def bytes_per_expert(self) -> int:
@@ -61,9 +59,7 @@ class ExpertCache:
         self.reader = reader
         self.strategy = strategy
         self.stats = CacheStats()
-        self.plan_slots: Callable[[str | int], list[int]] | None = (
-            None  # memory -> slots per layer, set by loading
-        )
+        self.plan_slots: Callable[[str | int], list[int]] | None = None  # memory -> slots per layer, set by loading
         self._phase: Phase | None = None
         for x in self.layers:
             self._fill(x)
@@ -161,9 +157,7 @@ class ExpertCache:
         assert slots is not None
         wanted = list(slots) if not isinstance(slots, int) else [slots] * len(self.layers)
         if len(wanted) != len(self.layers):
-            raise UsageError(
-                f"{len(wanted)} slot counts for {len(self.layers)} MoE layers; give one for each"
-            )
+            raise UsageError(f"{len(wanted)} slot counts for {len(self.layers)} MoE layers; give one for each")
         for x, s in zip(self.layers, wanted, strict=True):
             if s < x.k:
                 raise BudgetError(
@@ -200,7 +194,7 @@ class ExpertCache:
         self._fill(layer)
 
     def _fill(self, layer: LayerExperts) -> None:
-        """Read what is missing of a layer that has a slot for every expert; nobody asked for it, so nobody counts it."""
+        """Read what is missing of a layer that has a slot for every expert; nobody asked, so nobody counts it."""
         r = layer.residents
         if r.capacity == layer.num_experts:
             missing = [e for e in range(layer.num_experts) if e not in r]

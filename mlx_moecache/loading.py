@@ -72,9 +72,7 @@ class OpenedModel:
         dtype, D = footprint.activation_dtype(self.model), footprint.hidden_dims(self.config, self.blocks)
         self.resident = footprint.resident_bytes(self.model)
         self._evaluate_routers()
-        self.unreachable = {
-            b.path: reason for b in self.blocks if (reason := b.self_test(dtype, D)) is not None
-        }
+        self.unreachable = {b.path: reason for b in self.blocks if (reason := b.self_test(dtype, D)) is not None}
         self.trust_remote_code = trust_remote_code
 
     def tokenizer(self, *, extra_eos_tokens: tuple[str, ...] = ()) -> TokenizerWrapper:
@@ -100,9 +98,7 @@ class OpenedModel:
     def plan(self, options: MemoryOptions, *, host_buffers: int = 0) -> MemoryPlan:
         """The memory plan that `load` follows. Raises BudgetError or UsageError."""
         if options.memory is not None and options.slots is not None:
-            raise UsageError(
-                "give either memory or slots, not both: slots say how much memory the experts take"
-            )
+            raise UsageError("give either memory or slots, not both: slots say how much memory the experts take")
         if options.max_context < 1:
             raise UsageError(f"max context must be at least 1 token, not {options.max_context}")
         memory: str | int = "auto" if options.memory is None else options.memory
@@ -132,9 +128,7 @@ class OpenedModel:
 
         Raises BudgetError before anything is read, ReadError if reading fails. May be called once.
         """
-        reader = ExpertReader(
-            self.index.shards, threads=cache.threads, direct_io=cache.direct_io, flash=cache.flash
-        )
+        reader = ExpertReader(self.index.shards, threads=cache.threads, direct_io=cache.direct_io, flash=cache.flash)
         try:
             plan = self.plan(memory, host_buffers=reader.host_buffer_bytes)
             strategy = parse_routing(
@@ -254,18 +248,14 @@ def _build_lazily(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dic
     except ValueError as e:
         text = _one_line(e)
         if "trust_remote_code" in text:
-            raise UsageError(
-                f"{folder} brings its own model code; add --trust-remote-code if you trust it"
-            ) from e
+            raise UsageError(f"{folder} brings its own model code; add --trust-remote-code if you trust it") from e
         if "not supported" in text:
             raise UnsupportedModelError(
                 f"mlx-lm cannot build this model: {text}; upgrade mlx-lm or choose another"
             ) from e
         raise CheckpointError(f"the weights in {folder} do not fit its config.json: {text}") from e
     except Exception as e:  # a config that lacks keys makes model code raise KeyError, TypeError and others
-        raise CheckpointError(
-            f"mlx-lm cannot build the model in {folder}: {type(e).__name__}: {_one_line(e)}"
-        ) from e
+        raise CheckpointError(f"mlx-lm cannot build the model in {folder}: {type(e).__name__}: {_one_line(e)}") from e
     return model, config
 
 

@@ -23,6 +23,7 @@ from .routing import Original, RunningRange
 from .seam import SelectionSeam, find_owner
 from .stats import PhaseStats
 
+NO_SEAM = "its router does not select with argpartition"
 PROBE_ROWS = 32  # tokens of the load-time self-test
 Switch = Callable[[mx.array, mx.array], mx.array]
 
@@ -39,7 +40,7 @@ class MoeBlock:
         last = self.switch.down_proj if isinstance(self.switch, SwitchGLU) else self.switch.fc2
         self.output_dims: int = last.output_dims
         self.inner_dims: int = last.input_dims
-        self.k = 0  # experts per token, seen by the self-test
+        self.k = 0  # experts per token, seen by the probe
         self.bit_exact = False  # the cloned router gave bit-equal results, so it may also observe exact runs
         self.bytes_per_expert = sum(c.nbytes for c in self.components)
         owner = find_owner(block, (name,))
@@ -56,20 +57,23 @@ class MoeBlock:
 
     # ---- before loading ----
 
+    def find_k(self, dtype: mx.Dtype, hidden_dims: int) -> None:
+        """Find k, the experts per token, from the shapes of a forward pass that is built and thrown away."""
+        self.block(mx.zeros((1, 1, hidden_dims), dtype=dtype))
+
     def self_test(self, dtype: mx.Dtype, hidden_dims: int) -> str | None:
         """Run the block on random rows with the original and with the cloned router; None if the seam works.
 
-        Finds k, and requires equal outputs (bit-equal, or within rounding where compiled and uncompiled code may
-        differ) and exactly one selection. Otherwise returns the reason, and the layer must stay unbiased.
+        Requires equal outputs (bit-equal, or within rounding where compiled and uncompiled code may differ) and
+        exactly one selection. Otherwise returns the reason, and the layer must stay unbiased. The weights of the
+        block are evaluated.
         """
+        if self.seam is None:
+            return NO_SEAM
         key = mx.random.key(len(self.path))  # its own key: the user's seed is not consumed
         x = mx.random.normal((1, PROBE_ROWS, hidden_dims), key=key).astype(dtype)
-        self._probed_k = 0
         expected = self.block(x)
         mx.eval(expected)
-        self.k = self._probed_k
-        if self.seam is None:
-            return "its router does not select with argpartition"
         self.seam.enabled, self.seam.selections = True, 0
         try:
             seen = self.block(x)
@@ -125,9 +129,7 @@ class MoeBlock:
         stats.swapped += swapped
         return y
 
-    def _read_host(
-        self, indices: mx.array
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
+    def _read_host(self, indices: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
         """The layer's only host read: selected experts [T, K], their scores [T, K], number of swapped selections."""
         seen = self.seam.take() if self.seam is not None else None
         if seen is None:
@@ -138,9 +140,7 @@ class MoeBlock:
         mx.eval(*lazy)
         return np.array(indices), np.array(scores), 0 if seen.swapped is None else int(np.array(seen.swapped))
 
-    def _in_waves(
-        self, x: mx.array, ids: npt.NDArray[np.uint32], needed: Sequence[int], stats: PhaseStats
-    ) -> mx.array:
+    def _in_waves(self, x: mx.array, ids: npt.NDArray[np.uint32], needed: Sequence[int], stats: PhaseStats) -> mx.array:
         """More experts than slots: [T * K, D] outputs, computed in waves that each read their experts first."""
         layer = self.layer
         k = ids.shape[1]
@@ -192,7 +192,7 @@ class MoeBlock:
 
     def _probe(self, x: mx.array, indices: mx.array) -> mx.array:
         """Outputs that depend on expert, position in the top-k and channel, so that the self-test sees any change."""
-        self._probed_k = indices.shape[-1]
+        self.k = indices.shape[-1]
         channel = mx.arange(1, self.output_dims + 1, dtype=mx.float32) / self.output_dims
         return (indices[..., None].astype(mx.float32) / self.num_experts * channel).astype(x.dtype)
 

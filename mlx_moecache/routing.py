@@ -2,8 +2,8 @@
 
 A strategy turns the router's scores into scores that are used for *ranking only*; the mixing weights are always formed
 by the model's own code from its own, unbiased scores. Symbols: z router logits (or the quantity by which the model
-ranks its experts) [.., E] in float32, k experts per token, m mask of favoured experts, lambda the strength, J the number
-of protected top experts, Delta_t = max(z) - min(z) the range of token t, D the running mean of the ranges.
+ranks its experts) [.., E] in float32, k experts per token, m mask of favoured experts, lambda the strength, J the
+number of protected top experts, Delta_t = max(z) - min(z) the range of token t, D the running mean of the ranges.
 """
 
 from __future__ import annotations
@@ -133,9 +133,7 @@ def _parse_spec(name: str, rest: str) -> dict[str, float]:
     for part in rest.split(",") if rest else []:
         key, _, text = part.partition("=")
         if key not in _PARAMETERS:
-            raise UsageError(
-                f"unknown parameter {key!r} of routing {name!r} (allowed: {', '.join(_PARAMETERS)})"
-            )
+            raise UsageError(f"unknown parameter {key!r} of routing {name!r} (allowed: {', '.join(_PARAMETERS)})")
         try:
             values[key] = _PARAMETERS[key](text)
         except ValueError:
