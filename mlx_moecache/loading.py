@@ -24,7 +24,7 @@ from .errors import CheckpointError, MoeCacheError, UnsupportedModelError, Usage
 from .expert_cache import ExpertCache, LayerExperts
 from .footprint import KVOptions
 from .hub import resolve_model
-from .moe_block import MoeBlock, find_blocks
+from .moe_block import NO_SEAM, MoeBlock, find_blocks
 from .reader import EmulatedFlash, ExpertReader
 from .routing import Original, Strategy, parse_routing
 
@@ -69,10 +69,11 @@ class OpenedModel:
         self.extents: list[LayerExtents] = [
             locate_experts(self.index, b.path, b.components, b.num_experts) for b in self.blocks
         ]
-        dtype, D = footprint.activation_dtype(self.model), footprint.hidden_dims(self.config, self.blocks)
+        self._refuse_slow_dtypes()
+        self._probe_shape = footprint.activation_dtype(self.model), footprint.hidden_dims(self.config, self.blocks)
+        for b in self.blocks:
+            b.find_k(*self._probe_shape)
         self.resident = footprint.resident_bytes(self.model)
-        self._evaluate_routers()
-        self.unreachable = {b.path: reason for b in self.blocks if (reason := b.self_test(dtype, D)) is not None}
         self.trust_remote_code = trust_remote_code
 
     def tokenizer(self, *, extra_eos_tokens: tuple[str, ...] = ()) -> TokenizerWrapper:
@@ -139,9 +140,11 @@ class OpenedModel:
                 slots=sum(plan.slots_per_layer),
                 experts=sum(b.num_experts for b in self.blocks),
             )
-            self._refuse_unreachable(strategy)
+            self._refuse_unreachable(strategy, {b.path: NO_SEAM for b in self.blocks if b.seam is None})
             system.limit_buffer_cache()
             mx.eval(list(footprint.model_arrays(self.model)))
+            tested = {b.path: b.self_test(*self._probe_shape) for b in self.blocks}
+            self._refuse_unreachable(strategy, {path: reason for path, reason in tested.items() if reason})
             layers = [
                 LayerExperts(
                     b.path,
@@ -166,14 +169,19 @@ class OpenedModel:
         self.model.memory_plan = plan
         return self.model
 
-    def _evaluate_routers(self) -> None:
-        """The self-test runs the blocks, so what they hold beside experts is read now; it is resident anyway."""
+    def _refuse_slow_dtypes(self) -> None:
+        """MLX's CPU backend multiplies unquantised experts in float32 only; it would fail at the first token."""
         for b in self.blocks:
-            mx.eval(list(footprint.model_arrays(b.block)))
+            for c in b.components:
+                if system.on_cpu() and c.dtype in ("bfloat16", "float16") and c.name.endswith(".weight"):
+                    raise UnsupportedModelError(
+                        f"the experts of {b.path} are {c.dtype}, which MLX computes only on a GPU; on this machine use "
+                        f"a quantised model: mlx_lm.convert --hf-path {self.folder} -q --dtype float32 --mlx-path OUT"
+                    )
 
-    def _refuse_unreachable(self, strategy: Strategy) -> None:
-        if self.unreachable and not isinstance(strategy, Original):
-            path, reason = next(iter(self.unreachable.items()))
+    def _refuse_unreachable(self, strategy: Strategy, unreachable: dict[str, str]) -> None:
+        if unreachable and not isinstance(strategy, Original):
+            path, reason = next(iter(unreachable.items()))
             raise UnsupportedModelError(
                 f"the router of {path} ({self.config.get('model_type')}) cannot be biased: {reason}; "
                 "use --exact (routing='original') to stream this model without the bias"
