@@ -130,8 +130,7 @@ class BounceArena:
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
         with memoryview(self._mapping) as memory:
             self.buffers = [
-                BounceBuffer(memory[start : start + size], alignment)
-                for start in range(0, count * size, size)
+                BounceBuffer(memory[start : start + size], alignment) for start in range(0, count * size, size)
             ]
 
     def close(self) -> None:
@@ -139,7 +138,9 @@ class BounceArena:
         for buffer in self.buffers:
             buffer.close()
         self.buffers.clear()
-        self._mapping.close()
+        # The traceback of a failed read may still hold a part; the memory then goes with it.
+        with contextlib.suppress(BufferError):
+            self._mapping.close()
 
 
 def _open_buffered(paths: Sequence[Path]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ move (reader.py), who is evicted (eviction.py), or what is computed with the exp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from .checkpoint import ComponentSpec, LayerExtents
@@ -61,6 +61,7 @@ class ExpertCache:
         self.stats = CacheStats()
         self.plan_slots: Callable[[str | int], list[int]] | None = None  # memory -> slots per layer, set by loading
         self._phase: Phase | None = None
+        self._closed = False
         for x in self.layers:
             self._fill(x)
 
@@ -100,6 +101,8 @@ class ExpertCache:
         """
         if not loads:
             return
+        if self._closed:
+            raise ReadError(f"{layer.path} needs experts from disk, but its cache is closed; load the model again")
         layer.pool.fence()
         bytes_before, seconds_before = self.reader.bytes_read, self.reader.read_seconds
         try:
@@ -168,6 +171,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Release the files. The model can then use only what is resident."""
+        self._closed = True
         self.reader.close()
 
     # ---- inside ----
@@ -179,19 +183,21 @@ class ExpertCache:
 
     def _restore(self, layer: LayerExperts, loads: Sequence[Load]) -> None:
         """Bring victims whose slots may have been overwritten back, so that a failed read changes nothing."""
-        for x in loads:
-            if x.victim is not None:
-                try:
-                    self.reader.read(list(self._requests(layer, x.victim, x.slot)))
-                except ReadError:
-                    layer.residents.drop(x.victim)  # its bytes are gone, so the slot must not be found again
+        lost = {x.victim: x.slot for x in loads if x.victim is not None}
+        try:
+            for victim, slot in list(lost.items()):
+                with suppress(ReadError):
+                    self.reader.read(list(self._requests(layer, victim, slot)))
+                    del lost[victim]
+        finally:
+            for victim in lost:  # their bytes are gone, also after a second Ctrl-C: they must not be found again
+                layer.residents.drop(victim)
 
     def _resize_layer(self, layer: LayerExperts, slots: int) -> None:
-        if slots == layer.residents.capacity:
-            return
-        layer.pool.resize(slots, layer.residents.resize(slots))
-        layer.on_resize()
-        self._fill(layer)
+        if slots != layer.residents.capacity:
+            layer.pool.resize(slots, layer.residents.resize(slots))
+            layer.on_resize()
+        self._fill(layer)  # also what an earlier failure left out
 
     def _fill(self, layer: LayerExperts) -> None:
         """Read what is missing of a layer that has a slot for every expert; nobody asked, so nobody counts it."""

@@ -77,19 +77,24 @@ class OpenedModel:
         self.trust_remote_code = trust_remote_code
 
     def tokenizer(self, *, extra_eos_tokens: tuple[str, ...] = ()) -> TokenizerWrapper:
-        """The checkpoint's tokenizer. Raises CheckpointError if it has none."""
+        """The checkpoint's tokenizer. Raises CheckpointError if it has none, UsageError for an unknown extra token."""
         try:
             tokenizer = load_tokenizer(
                 self.folder, {"trust_remote_code": self.trust_remote_code}, self.config.get("eos_token_id")
             )
-            for token in extra_eos_tokens:
-                tokenizer.add_eos_token(token)
-        except ValueError as e:
-            raise UsageError(f"the tokenizer in {self.folder} cannot be used: {_one_line(e)}") from e
         except Exception as e:  # transformers raises whatever a broken file makes it stumble over
+            if "trust_remote_code" in str(e):
+                raise UsageError(
+                    f"{self.folder} brings its own tokenizer code; add --trust-remote-code if you trust it"
+                ) from e
             raise CheckpointError(
                 f"no usable tokenizer in {self.folder}: {_one_line(e)}; download the model again"
             ) from e
+        try:
+            for token in extra_eos_tokens:
+                tokenizer.add_eos_token(token)
+        except ValueError as e:
+            raise UsageError(f"the tokenizer in {self.folder} cannot end at this token: {_one_line(e)}") from e
         return tokenizer
 
     @property

@@ -19,12 +19,14 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from .checkpoint import ComponentSpec
 from .errors import UnsupportedModelError
 from .expert_cache import ExpertCache, LayerExperts
+from .residents import Wave
 from .routing import Original, RunningRange
 from .seam import SelectionSeam, find_owner
 from .stats import PhaseStats
 
 NO_SEAM = "its router does not select with argpartition"
 PROBE_ROWS = 32  # tokens of the load-time self-test
+WAVE_ROWS = 2048  # (token, expert) pairs that are computed at once in prefill: bounds memory, still large for a kernel
 Switch = Callable[[mx.array, mx.array], mx.array]
 
 
@@ -80,7 +82,8 @@ class MoeBlock:
             mx.eval(seen)
         finally:
             self.seam.enabled = False
-        if self.seam.selections != 1 or self.seam.take() is None:
+        observed = self.seam.take()  # taken in any case: the first forward pass must not find it
+        if self.seam.selections != 1 or observed is None:
             return f"the selection was seen {self.seam.selections} times instead of once"
         self.bit_exact = bool(mx.array_equal(expected, seen, equal_nan=True))
         if not self.bit_exact and not mx.allclose(expected, seen, rtol=1e-2, atol=1e-3):
@@ -103,7 +106,7 @@ class MoeBlock:
         """x [.., D] and expert numbers [.., K] -> [.., K, D], as the upstream switch."""
         layer, cache = self.layer, self.cache
         if layer.residents.is_complete:
-            return self._upstream(x, indices)
+            return self._upstream(x, indices) if indices.size <= WAVE_ROWS else self._in_two_steps(x, indices)
         k = indices.shape[-1]
         rows = indices.size // k
         ids, scores, swapped = self._read_host(indices.reshape(rows, k))
@@ -111,18 +114,17 @@ class MoeBlock:
         stats = cache.stats_for(rows)
         misses = sum(n for e, n in uses if e not in layer.residents)
         needed = [e for e, _ in uses]
-        if len(needed) > layer.residents.capacity:
-            y = self._in_waves(x, ids, needed, stats).reshape(*indices.shape, -1)
+        if rows > 1:
+            fits = len(needed) <= layer.residents.capacity
+            waves = [Wave(needed, layer.residents.plan(needed))] if fits else layer.residents.plan_waves(needed)
+            y = self._in_waves(x, ids, waves, stats).reshape(*indices.shape, -1)
             layer.residents.touch(uses)
         else:
             cache.load(layer, layer.residents.plan(needed), stats)
             layer.residents.touch(uses)
             slots = np.array([layer.residents.slot_of(e) for e in ids.ravel().tolist()], dtype=np.uint32)
             y = self._upstream(x, mx.array(slots.reshape(indices.shape)))
-            if rows == 1:
-                layer.pool.track(y)
-            else:
-                mx.eval(y)  # tracking it would keep a whole chunk's outputs of every layer alive
+            layer.pool.track(y)
         stats.selections += ids.size
         stats.misses += misses
         stats.hits += ids.size - misses
@@ -140,31 +142,47 @@ class MoeBlock:
         mx.eval(*lazy)
         return np.array(indices), np.array(scores), 0 if seen.swapped is None else int(np.array(seen.swapped))
 
-    def _in_waves(self, x: mx.array, ids: npt.NDArray[np.uint32], needed: Sequence[int], stats: PhaseStats) -> mx.array:
-        """More experts than slots: [T * K, D] outputs, computed in waves that each read their experts first."""
+    def _in_two_steps(self, x: mx.array, indices: mx.array) -> mx.array:
+        """All experts are resident and the chunk is long: what precedes the experts, then the experts, evaluated.
+
+        In one lazy graph MLX allocates far ahead of what it computes, so that arrays of several layers would coexist.
+        """
+        mx.eval(indices)
+        y = self._upstream(x, indices)
+        mx.eval(y)
+        return y
+
+    def _in_waves(
+        self, x: mx.array, ids: npt.NDArray[np.uint32], waves: Sequence[Wave], stats: PhaseStats
+    ) -> mx.array:
+        """[T * K, D] outputs for several tokens, evaluated, computed wave by wave after reading the wave's experts.
+
+        At most WAVE_ROWS rows are computed at once, so that beside the result only the intermediates of these rows
+        exist, however long the chunk is.
+        """
         layer = self.layer
         k = ids.shape[1]
         rows_of_x = x.reshape(-1, x.shape[-1])
         experts = ids.ravel()
         slot_of = np.zeros(self.num_experts, dtype=np.uint32)
-        parts, order = [], []
-        for wave in layer.residents.plan_waves(needed):
+        out: mx.array | None = None
+        for wave in waves:
             self.cache.load(layer, wave.loads, stats)
             in_wave = np.zeros(self.num_experts, dtype=bool)
             for e in wave.experts:
                 in_wave[e], slot_of[e] = True, layer.residents.slot_of(e)
             positions = np.flatnonzero(in_wave[experts])
             positions = positions[np.argsort(experts[positions], kind="stable")]
-            rows = mx.array((positions // k).astype(np.uint32))
-            slots = mx.array(slot_of[experts[positions]])
-            y = self._upstream(rows_of_x[rows], slots[:, None])
-            mx.eval(y)  # the next wave overwrites these slots
-            parts.append(y.squeeze(-2))
-            order.append(positions)
-        inverse = np.empty(experts.size, dtype=np.uint32)
-        inverse[np.concatenate(order)] = np.arange(experts.size, dtype=np.uint32)
-        out = mx.concatenate(parts)[mx.array(inverse)]
-        mx.eval(out)
+            for i in range(0, positions.size, WAVE_ROWS):
+                part = positions[i : i + WAVE_ROWS]
+                rows, slots = mx.array((part // k).astype(np.uint32)), mx.array(slot_of[experts[part]])
+                y = self._upstream(rows_of_x[rows], slots[:, None]).squeeze(-2)
+                if out is None:
+                    out = mx.zeros((experts.size, y.shape[-1]), dtype=y.dtype)
+                out[mx.array(part.astype(np.uint32))] = y  # in place: nothing else holds `out`
+                del y
+                mx.eval(out)  # the next wave overwrites these slots
+        assert out is not None  # there is at least one token, so at least one wave
         return out
 
     def _bias_mask(self, rows: int) -> mx.array | None:

@@ -15,12 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from mlx_moecache.direct_io import BounceArena, BounceBuffer, drop_from_page_cache, open_shards, read_into
 from mlx_moecache.errors import ReadError
 
-# Measured with benchmarks/expert_reads.py: pieces of half to one MiB keep a fast disk busy from four threads.
-PIECE_BYTES = 512 * 1024
+# Measured with benchmarks/expert_reads.py on a virtual disk of 2.5 GB/s: smaller pieces cost speed, larger ones
+# leave threads without work when few experts are read. Bounce buffers are memory, so theirs are smaller.
+PIECE_BYTES = 2 * 1024 * 1024
+BOUNCE_BYTES = 768 * 1024
+# Used in turn: writing the next piece over memory that a CPU has just read costs the device a tenth of its speed.
+BOUNCES_PER_THREAD = 2
 # Below this a buffered batch is read on the calling thread: waking a worker costs more than the reads.
 INLINE_BYTES = 256 * 1024
 
@@ -44,8 +49,7 @@ class EmulatedFlash:
     latency_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Neighbouring bytes of one shard, read by one call; they may end up in several places."""
 
     shard: int
@@ -55,50 +59,53 @@ class _Piece:
 
 
 class _Batch:
-    """The pieces of one `read()` call, shared by the workers that take them one by one."""
+    """The pieces of one `read()` call: the calling thread and its helpers take them one by one."""
 
     def __init__(self, pieces: Sequence[_Piece]) -> None:
-        self.failure: BaseException | None = None  # the first one
+        self.failure: BaseException | None = None
         self._pending = deque(pieces)
-        self._running = 0
-        self._changed = threading.Condition()
+        self._helpers = 0
+        self._idle = threading.Condition()
 
-    def work(self, read_piece: Callable[[_Piece], None]) -> None:
-        """Take and read pieces until none is left; a failure discards those that nobody has taken yet."""
+    def drain(self, read_piece: Callable[[_Piece], None]) -> None:
+        """Take and read pieces until none is left."""
         while True:
-            with self._changed:
-                if not self._pending:
-                    return
-                piece = self._pending.popleft()
-                self._running += 1
-            failure: BaseException | None = None
             try:
-                read_piece(piece)
-            except BaseException as error:
-                failure = error
-            with self._changed:
-                self._running -= 1
-                if failure is not None:
-                    self.failure = self.failure or failure
-                    self._pending.clear()
-                if not self._running and not self._pending:
-                    self._changed.notify_all()
+                piece = self._pending.popleft()  # atomic, so this needs no lock
+            except IndexError:
+                return
+            read_piece(piece)
 
-    def wait_until_idle(self) -> None:
-        """Return when no piece is pending and none is being read."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._running and not self._pending)
+    def help(self, read_piece: Callable[[_Piece], None]) -> None:
+        """`drain` on another thread; a failure is kept for the calling thread."""
+        with self._idle:
+            self._helpers += 1
+        try:
+            self.drain(read_piece)
+        except BaseException as error:
+            self.stop(error)
+        finally:
+            with self._idle:
+                self._helpers -= 1
+                self._idle.notify_all()
 
-    def discard_pending(self) -> None:
-        """Let nobody take another piece."""
-        with self._changed:
-            self._pending.clear()
+    def stop(self, failure: BaseException) -> None:
+        """Discard the pieces nobody has taken. Of several failures the first counts, or an interrupt."""
+        self._pending.clear()
+        if self.failure is None or not isinstance(failure, Exception):
+            self.failure = failure
+
+    def wait(self) -> None:
+        """Return when no helper is reading. Nothing may be pending: a helper that starts later finds no work."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._helpers)
 
 
 class ExpertReader:
     """Reads byte ranges of a fixed list of shards into memory that the caller owns.
 
-    `threads` workers share the pieces of one `read()` call; calls from several threads take turns.
+    `threads` reads are in flight at once: the calling thread's and those of a small pool. Calls from several
+    threads take turns.
     Raises ReadError if a shard cannot be opened.
     """
 
@@ -129,8 +136,8 @@ class ExpertReader:
         self._arena: BounceArena | None = None
         self._bounces: queue.SimpleQueue[BounceBuffer] = queue.SimpleQueue()
         if opened.mode == "direct":
-            self._arena = BounceArena(self._threads, PIECE_BYTES, opened.alignment)
-            self._piece_bytes = PIECE_BYTES - opened.alignment
+            self._arena = BounceArena(BOUNCES_PER_THREAD * self._threads, BOUNCE_BYTES, opened.alignment)
+            self._piece_bytes = BOUNCE_BYTES - opened.alignment
             for bounce in self._arena.buffers:
                 self._bounces.put(bounce)
         self.host_buffer_bytes = self._arena.nbytes if self._arena is not None else 0
@@ -185,28 +192,36 @@ class ExpertReader:
         self.close()
 
     def _read_pieces(self, pieces: list[_Piece], nbytes: int) -> None:
-        if len(pieces) == 1 or (self._arena is None and nbytes <= INLINE_BYTES):
-            for piece in pieces:
-                self._read_piece(piece)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-reader")
+        helpers = min(self._threads, len(pieces)) - 1
+        if self._arena is None and nbytes <= INLINE_BYTES:
+            helpers = 0
         batch = _Batch(pieces)
-        failure: BaseException | None = None
-        try:
-            for _ in range(min(self._threads, len(pieces))):
-                self._pool.submit(batch.work, self._read_piece)
-            batch.wait_until_idle()
-            failure = batch.failure
-        except BaseException as error:  # KeyboardInterrupt, or no thread could be started
-            failure = error
-            _settle(batch)
+        started = False
+        while True:
+            try:
+                if not started:
+                    started = True
+                    self._start_helpers(batch, helpers)
+                    batch.drain(self._read_piece)
+                batch.wait()
+                break
+            except BaseException as error:
+                # However often Ctrl-C is pressed, wait for the helpers: they write into the caller's memory.
+                batch.stop(error)
+        failure, batch.failure = batch.failure, None
         if failure is not None:
             try:
                 raise failure
             finally:
-                # The traceback holds this frame; as a cycle it would keep the caller's memory alive.
-                del failure, batch
+                # Its traceback holds this frame and the batch: a cycle would keep the caller's memory alive.
+                del failure
+
+    def _start_helpers(self, batch: _Batch, count: int) -> None:
+        if count and self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="expert-reader")
+        for _ in range(count):
+            assert self._pool is not None
+            self._pool.submit(batch.help, self._read_piece)
 
     def _read_piece(self, piece: _Piece) -> None:
         descriptor = self._descriptors[piece.shard]
@@ -239,32 +254,24 @@ def _split(requests: Sequence[ReadRequest], most: int) -> list[_Piece]:
     views: list[memoryview] = []  # the piece that is being put together
     shard = offset = nbytes = 0
     for request in sorted(requests, key=lambda request: (request.shard, request.offset)):
+        length = len(request.view)
         taken = 0
-        while taken < len(request.view):
+        while taken < length:
             here = request.offset + taken
             if nbytes and (request.shard != shard or here != offset + nbytes or nbytes == most):
                 pieces.append(_Piece(shard, offset, nbytes, tuple(views)))
                 views, nbytes = [], 0
             if not nbytes:
                 shard, offset = request.shard, here
-            part = request.view[taken : taken + most - nbytes]
-            views.append(part)
-            nbytes += len(part)
-            taken += len(part)
+            part = min(length - taken, most - nbytes)
+            views.append(request.view if part == length else request.view[taken : taken + part])
+            nbytes += part
+            taken += part
     if nbytes:
         pieces.append(_Piece(shard, offset, nbytes, tuple(views)))
+    # Long pieces first: the threads then finish at about the same time.
+    pieces.sort(key=lambda piece: -piece.nbytes)
     return pieces
-
-
-def _settle(batch: _Batch) -> None:
-    """Stop a batch and wait for its workers, however often the user presses Ctrl-C meanwhile."""
-    while True:
-        try:
-            batch.discard_pending()
-            batch.wait_until_idle()
-            return
-        except KeyboardInterrupt:
-            continue
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

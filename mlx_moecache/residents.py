@@ -66,6 +66,8 @@ class Residents:
         missing = [e for e in needed if e not in self._slot_of]
         if not missing:
             return []
+        if self.capacity == self.num_experts:
+            return [Load(e, e, None) for e in missing]  # once all are there, expert numbers are slot numbers
         out = victims(self._policy, len(missing) - len(self._free), frozenset(needed))
         slots: list[tuple[int, int | None]] = [(s, None) for s in reversed(self._free[-len(missing) :])]
         slots += [(self._slot_of[v], v) for v in out]

@@ -137,7 +137,8 @@ class SelectionSeam:
             or not self.strategy.strength
         ):
             return None
-        return self.strategy.rank(z, mask, mean_range)
+        # Experts that were ruled out must not take one of the J protected places.
+        return self.strategy.rank(z if dropped is None else mx.where(dropped, -mx.inf, z), mask, mean_range)
 
     def _choose(self, own: mx.array, other: mx.array, own_top: mx.array, other_top: mx.array) -> mx.array:
         """`other`, or upstream's own result where the selected set is the same, so that sums run in the same order."""

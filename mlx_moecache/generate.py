@@ -1,0 +1,340 @@
+"""`mlx_moecache generate`, also `python -m mlx_moecache.generate`: one prompt, its reply, and what the cache did.
+
+The module is callable: `from mlx_moecache import generate` means the function of generation.py, but once this module
+is imported the import system binds the same name to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+from . import __version__, arguments
+from .command import INTERRUPTED, run
+from .demo import DEMO_NAME, demo_model
+from .errors import UsageError
+from .interrupt import Interrupt, Interrupted
+from .prompt import Prompt, check_prompt, parse_template_options, read_text, tokenise
+from .report import CacheUse, MemoryUse, Reply, as_json, statistics
+from .terminal import StatusLine, is_terminal, write_notes
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from .footprint import KVOptions
+    from .generation import Response, Sampler
+
+EXAMPLES = """examples:
+  mlx_moecache generate --slots 30 --prompt "Tell me a story about a fox."
+  mlx_moecache generate --model mlx-community/Qwen1.5-MoE-A2.7B-Chat-4bit --memory 4GB -p "Why is the sky blue?"
+  cat question.txt | mlx_moecache generate --exact --json -p - | jq -r .text
+
+Statistics follow on stderr. A hit: the selected expert was in memory when its layer ran, counted per token, layer and
+expert. Prefill is always exact. "exact": routing changed no selection of this reply.
+
+Flags of mlx_lm.generate that are refused, with the reason when they are given:
+  """
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The parser of this command; MLX is not imported for it."""
+    refused = "\n  ".join("/".join(flags) for flags in arguments.REFUSED)
+    parser = arguments.Parser(
+        prog="mlx_moecache generate",
+        usage="%(prog)s [--model MODEL] [--memory SIZE | --slots N] [--prompt TEXT] [flags]",
+        description="Write a reply to one prompt with a Mixture-of-Experts model whose experts stay on disk.",
+        epilog=EXAMPLES + refused,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_model_arguments(parser)
+    _add_prompt_arguments(parser)
+    arguments.add_memory_arguments(parser)
+    arguments.add_routing_arguments(parser)
+    arguments.add_sampling_arguments(parser)
+    _add_output_arguments(parser)
+    arguments.add_refused_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code (see command.py)."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    return run(lambda: _generate(given), debug="--debug" in given)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A loaded model and everything the reply needs."""
+
+    name: str
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    tokens: list[int]
+    cached_tokens: int
+    kv: KVOptions
+    kv_cache: list[Any]
+    sampler: Sampler
+    seed: int
+    not_charged: int | None
+
+
+def _generate(argv: list[str]) -> int:
+    args = setup_arg_parser().parse_args(argv)
+    prompt = _check(args)
+    with StatusLine(sys.stderr, enabled=args.verbose and not args.json) as status:
+        status.show("loading ...")
+        # Model code that users trust may print; stdout is for the reply alone.
+        with redirect_stdout(sys.stderr):
+            ready = _load(args, prompt, status)
+        with Interrupt() as interrupt:
+            return _answer(args, ready, interrupt, status)
+
+
+def _check(args: argparse.Namespace) -> Prompt:
+    """Refuse what can be refused without importing MLX, and read the prompt."""
+    arguments.check_contradictions(args)
+    if args.max_tokens == -1 and args.max_kv_size is None:
+        raise UsageError("--max-tokens -1 (no limit) needs --max-kv-size: memory for the KV cache is reserved up front")
+    prompt = Prompt(
+        read_text(args.prompt),
+        args.system_prompt,
+        args.prefill_response,
+        use_template=not args.ignore_chat_template,
+        template_options=parse_template_options(args.chat_template_config),
+    )
+    check_prompt(prompt)
+    return prompt
+
+
+def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Ready:
+    """Open, plan and load. KV cache is reserved for exactly this prompt and the longest reply that was asked for."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from . import options, system
+    from .hub import resolve_model
+    from .kv_file import read_saved_prompt
+    from .loading import MemoryOptions, OpenedModel
+
+    options.check_before_download(args)
+    saved = None if args.prompt_cache_file is None else read_saved_prompt(Path(args.prompt_cache_file))
+    kv = options.kv_options(args)
+    name = args.model
+    if saved is not None:
+        kv = saved.kv_options(kv)
+        name = saved.model if name is None else name
+        saved.check_model(name)
+    status.clear()  # a download draws its own bars
+    folder = resolve_model(
+        str(demo_model()) if name is None else name,
+        revision=args.revision,
+        progress=is_terminal(sys.stderr) and not args.json,
+    )
+    status.show(f"loading {name or 'the demo model'} ...")
+    seed = options.seed_of(args)
+    mx.random.seed(seed)  # before the model is built, which draws numbers: as in mlx-lm, so that replies agree
+    opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
+    extra_eos = (*args.extra_eos_token, *(saved.eos_tokens if saved is not None else ()))
+    tokenizer = opened.tokenizer(extra_eos_tokens=extra_eos)
+    tokens = tokenise(prompt, tokenizer, is_suffix=saved is not None)
+    if saved is not None:
+        saved.check_layers(len(make_prompt_cache(opened.model)))
+    options.check_kv(opened.model, kv)
+    sampler = options.sampler_of(args, tokenizer, _vocabulary(opened.config))
+    cached = 0 if saved is None else saved.tokens
+    reply_tokens = args.max_tokens if args.max_tokens > 0 else args.max_kv_size
+    not_charged = system.process_footprint()
+    mx.reset_peak_memory()
+    model = opened.load(
+        MemoryOptions(
+            memory=args.memory,
+            slots=args.slots,
+            max_context=cached + len(tokens) + reply_tokens,
+            prefill_step_size=args.prefill_step_size,
+            kv=kv,
+        ),
+        options.cache_options(args),
+    )
+    kv_cache = make_prompt_cache(model, max_kv_size=kv.max_size) if saved is None else saved.cache
+    return _Ready(name or DEMO_NAME, model, tokenizer, tokens, cached, kv, kv_cache, sampler, seed, not_charged)
+
+
+def _answer(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, status: StatusLine) -> int:
+    reply = _stream(args, ready, interrupt, status)
+    memory, cache, plan = _memory_use(ready), _cache_use(ready.model), ready.model.memory_plan
+    if args.json:
+        run_facts = {"model": ready.name, "seed": ready.seed, "version": __version__}
+        print(json.dumps({**as_json(reply, memory, cache, plan), **run_facts}, allow_nan=False), flush=True)
+    elif args.verbose:
+        seed = ready.seed if args.temp > 0 else None
+        write_notes(statistics(reply, memory, cache, plan, seed=seed), sys.stderr)
+    return INTERRUPTED if reply.finish_reason == "interrupt" else 0
+
+
+def _stream(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, status: StatusLine) -> Reply:
+    """Generate; without --json the text goes to stdout as it appears and ends with a line break."""
+    from .generation import stream_generate
+
+    status.clear()
+    segments: list[str] = []
+    last: Response | None = None
+
+    def progress(done: int, total: int) -> None:
+        interrupt.check()
+        if 0 < done < total - 1:  # more than one step, so it takes a while
+            status.show(f"reading the prompt: {done:,} of {total:,} tokens")
+
+    responses = cast(
+        "Generator[Response, None, None]",
+        stream_generate(
+            ready.model,
+            ready.tokenizer,
+            ready.tokens,
+            max_tokens=args.max_tokens,
+            sampler=ready.sampler,
+            prompt_cache=ready.kv_cache,
+            prefill_step_size=args.prefill_step_size,
+            kv_bits=ready.kv.bits,
+            kv_group_size=ready.kv.group_size,
+            quantized_kv_start=ready.kv.quantized_start,
+            prompt_progress=progress,
+        ),
+    )
+    try:
+        for last in responses:
+            if not segments:
+                status.clear()
+            segments.append(last.text)
+            if not args.json:
+                print(last.text, end="", flush=True)
+            if interrupt.requested:
+                break
+    except Interrupted:
+        status.clear()
+    finally:
+        responses.close()
+        text = "".join(segments)
+        if not args.json and segments and not text.endswith("\n"):
+            print(flush=True)
+    if last is None:
+        return Reply("", "interrupt", len(ready.tokens), ready.cached_tokens, 0, None, None)
+    return Reply(
+        text,
+        last.finish_reason or "interrupt",
+        last.prompt_tokens,
+        ready.cached_tokens,
+        last.generation_tokens,
+        last.prompt_tps,
+        last.generation_tps if last.generation_tokens > 1 else None,
+    )
+
+
+def _memory_use(ready: _Ready) -> MemoryUse:
+    import mlx.core as mx
+
+    cache = ready.model.expert_cache
+    return MemoryUse(
+        peak=mx.get_peak_memory(),
+        resident=ready.model.memory_plan.resident,
+        slots=cache.nbytes,
+        kv=sum(int(c.nbytes) for c in ready.kv_cache),
+        host_buffers=cache.reader.host_buffer_bytes,
+        not_charged=ready.not_charged,
+    )
+
+
+def _cache_use(model: nn.Module) -> CacheUse:
+    cache = model.expert_cache
+    return CacheUse(
+        stats=cache.stats.copy(),
+        slots_per_layer=tuple(cache.slots_per_layer),
+        experts_per_layer=tuple(cache.experts_per_layer),
+        eviction=cache.layers[0].residents.eviction,
+        routing=cache.strategy.name,
+        strength=getattr(cache.strategy, "strength", None),
+        top_j=getattr(cache.strategy, "top_j", None),
+        io_mode=cache.reader.io_mode,
+        io_note=cache.reader.io_note,
+    )
+
+
+def _vocabulary(config: dict[str, Any]) -> int | None:
+    size = (config.get("text_config") or config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--prompt", "-p", default="hello", help='the text to answer; "-" reads standard input (default: %(default)s)'
+    )
+    group.add_argument("--system-prompt", help="system message for the chat template (default: none)")
+    group.add_argument("--prefill-response", metavar="TEXT", help="how the reply must begin (default: freely)")
+    group.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="continue the prompt as it stands (default: use the tokenizer's chat template if it has one)",
+    )
+    group.add_argument(
+        "--chat-template-config", metavar="JSON", help="values for the chat template, a JSON object (default: {})"
+    )
+    group.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="KV cache of a text that comes before the prompt, made by mlx_lm.cache_prompt (default: none)",
+    )
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--max-tokens",
+        "-m",
+        type=arguments.whole(1, also=-1),
+        default=100,
+        metavar="N",
+        help="end the reply after so many tokens; -1: no limit, needs --max-kv-size (default: %(default)s)",
+    )
+    group.add_argument(
+        "--verbose",
+        type=arguments.boolean,
+        default=True,
+        metavar="BOOL",
+        help="False or F: print only the reply, no statistics (default: %(default)s)",
+    )
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of text and statistics (default: off)"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
+
+
+class _CallableModule(ModuleType):
+    """A module that passes calls on to generation.generate."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        prompt: str | Sequence[int] | mx.array,
+        *,
+        max_tokens: int = 256,
+        sampler: Sampler | None = None,
+    ) -> str:
+        from .generation import generate
+
+        return generate(model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    sys.exit(main())

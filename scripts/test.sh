@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# All checks: lint, types, tests. Sets everything up first.
+#
+#     bash scripts/test.sh [arguments of pytest, with paths relative to the project's root]
+set -eu
+. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" dev
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m mypy
+exec "$PYTHON" -m pytest "$@"
