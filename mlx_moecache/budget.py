@@ -122,14 +122,11 @@ def plan_memory(
     """Turn a budget in bytes, or a number of slots per layer, into a plan.
 
     Every layer gets the same number of slots, at most its experts. Without `prefill_step_size` the largest chunk is
-    taken whose transients fit into a quarter of what weights and KV cache leave, at most `max_chunk` tokens.
+    taken whose transients fit into a quarter of what weights and KV cache leave, at most `max_chunk` tokens (no prompt is longer).
     Raises BudgetError if not even the minimum (k slots per layer) fits, naming the smallest budget that would.
     """
-    chunks = (
-        [c for c in CHUNKS if c <= max(max_chunk, CHUNKS[-1])]
-        if prefill_step_size is None
-        else [prefill_step_size]
-    )
+    sizes = CHUNKS if prefill_step_size is None else (prefill_step_size,)
+    chunks = list(dict.fromkeys(min(c, max_chunk) for c in sizes))
 
     def finish(per_layer: Sequence[int], chunk: int) -> MemoryPlan:
         counts = tuple(min(s, x.num_experts) for s, x in zip(per_layer, layers, strict=True))

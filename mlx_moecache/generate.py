@@ -159,6 +159,7 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
             memory=args.memory,
             slots=args.slots,
             max_context=cached + len(tokens) + reply_tokens,
+            max_prompt=len(tokens),
             prefill_step_size=args.prefill_step_size,
             kv=kv,
         ),

@@ -38,6 +38,7 @@ class MemoryOptions:
     memory: str | int | None = None  # "4GB", "60%", "auto", bytes; None and no slots: auto
     slots: int | None = None  # experts per layer, instead of a budget
     max_context: int = DEFAULT_MAX_CONTEXT  # tokens for which KV cache is reserved
+    max_prompt: int | None = None  # tokens of the longest prompt, if known: no prefill chunk is longer
     prefill_step_size: int | None = None  # tokens per chunk; None: the planner chooses
     kv: KVOptions = field(default_factory=KVOptions)
 
@@ -127,6 +128,7 @@ class OpenedModel:
             budget=budget,
             slots=options.slots,
             prefill_step_size=options.prefill_step_size,
+            max_chunk=min(options.max_context, options.max_prompt or options.max_context),
         )
 
     def load(self, memory: MemoryOptions, cache: CacheOptions) -> nn.Module:

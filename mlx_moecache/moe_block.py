@@ -152,9 +152,7 @@ class MoeBlock:
         mx.eval(y)
         return y
 
-    def _in_waves(
-        self, x: mx.array, ids: npt.NDArray[np.uint32], waves: Sequence[Wave], stats: PhaseStats
-    ) -> mx.array:
+    def _in_waves(self, x: mx.array, ids: npt.NDArray[np.uint32], waves: Sequence[Wave], stats: PhaseStats) -> mx.array:
         """[T * K, D] outputs for several tokens, evaluated, computed wave by wave after reading the wave's experts.
 
         At most WAVE_ROWS rows are computed at once, so that beside the result only the intermediates of these rows
