@@ -34,6 +34,9 @@ class Estimate:
     low: float
     high: float
 
+    def scaled(self, factor: float) -> Estimate:
+        return Estimate(factor * self.value, factor * self.low, factor * self.high)
+
     def format(self, digits: int = 3) -> str:
         return f"{self.value:.{digits}f} [{self.low:.{digits}f} {self.high:.{digits}f}]"
 

@@ -40,7 +40,7 @@ class Response(GenerationResponse):  # type: ignore[misc]  # mlx-lm is untyped
 class StepOptions:
     """mlx-lm's options of a generation step, with the same meaning and defaults."""
 
-    max_tokens: int = 256  # -1: no limit
+    max_tokens: int = 256  # -1: no limit; 0: process the prompt only
     sampler: Sampler | None = None  # log-probabilities [1, V] -> token ids [1]; None: greedy
     logits_processors: Sequence[LogitsProcessor] = ()
     max_kv_size: int | None = None
@@ -104,6 +104,8 @@ def generate_step(prompt: mx.array, model: nn.Module, options: StepOptions) -> I
         current = step(prompt[done:])
         mx.eval(*current)
     progress(total, total)
+    if options.max_tokens == 0:
+        return
 
     n = 0
     ahead: tuple[mx.array, mx.array] | None = None

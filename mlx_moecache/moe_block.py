@@ -106,7 +106,7 @@ class MoeBlock:
         """x [.., D] and expert numbers [.., K] -> [.., K, D], as the upstream switch."""
         layer, cache = self.layer, self.cache
         if layer.residents.is_complete:
-            return self._upstream(x, indices) if indices.size <= WAVE_ROWS else self._in_two_steps(x, indices)
+            return self._upstream(x, indices) if indices.size < WAVE_ROWS else self._in_two_steps(x, indices)
         k = indices.shape[-1]
         rows = indices.size // k
         ids, scores, swapped = self._read_host(indices.reshape(rows, k))

@@ -24,9 +24,9 @@ from mlx_moecache.errors import ReadError
 # leave threads without work when few experts are read. Bounce buffers are memory, so theirs are smaller.
 PIECE_BYTES = 2 * 1024 * 1024
 BOUNCE_BYTES = 768 * 1024
-# Used in turn: writing the next piece over memory that a CPU has just read costs the device a tenth of its speed.
+# Used in turn: letting the device write over memory that a CPU has just read cost up to a tenth of the speed.
 BOUNCES_PER_THREAD = 2
-# Below this a buffered batch is read on the calling thread: waking a worker costs more than the reads.
+# Below this a buffered batch is read on the calling thread: waking a helper costs more than the reads.
 INLINE_BYTES = 256 * 1024
 
 
@@ -105,8 +105,7 @@ class ExpertReader:
     """Reads byte ranges of a fixed list of shards into memory that the caller owns.
 
     `threads` reads are in flight at once: the calling thread's and those of a small pool. Calls from several
-    threads take turns.
-    Raises ReadError if a shard cannot be opened.
+    threads take turns. Raises ReadError if a shard cannot be opened.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class ExpertReader:
         """Fill the view of every request; returns when all bytes have landed.
 
         On the first failure the pieces still queued are dropped. ReadError, as KeyboardInterrupt, leaves this
-        call only when every worker is idle: no byte lands after it. The views then hold an unknown mix of old
+        call only when every helper is idle: no byte lands after it. The views then hold an unknown mix of old
         and new bytes, the counter of bytes is unchanged, and the call may be repeated.
         """
         with self._one_call:
@@ -171,7 +170,7 @@ class ExpertReader:
                 self.read_seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        """Stop the workers and close the shards; waits for a running `read()`. Closing again does nothing."""
+        """Stop the helpers and close the shards; waits for a running `read()`. Closing again does nothing."""
         with self._one_call:
             self._closed = True
             if self._pool is not None:
@@ -217,10 +216,11 @@ class ExpertReader:
                 del failure
 
     def _start_helpers(self, batch: _Batch, count: int) -> None:
-        if count and self._pool is None:
+        if count == 0:
+            return
+        if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="expert-reader")
         for _ in range(count):
-            assert self._pool is not None
             self._pool.submit(batch.help, self._read_piece)
 
     def _read_piece(self, piece: _Piece) -> None:

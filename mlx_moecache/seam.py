@@ -75,14 +75,14 @@ class SelectionSeam:
         logits = self._logits
         is_logit = logits is not None and logits.size == a.size and not self._corrected
         z = logits.astype(mx.float32).reshape(a.shape) if is_logit and logits is not None else c
-        dropped = (c == 0) | (c == -mx.inf) if is_logit or self._corrected else None
+        dropped = c == -mx.inf
+        if is_logit or self._corrected:  # a plain logit may well be 0
+            dropped = dropped | (c == 0)
         ranked = self._observe(z, dropped)
         if ranked is None:
             return own
-        if (
-            dropped is not None
-        ):  # fill values differ by model; in the logit domain only -inf is below everything
-            ranked = mx.where(dropped, mx.array(-mx.inf) if is_logit else c, ranked)
+        # Fill values differ by model; in the logit domain only -inf is below everything.
+        ranked = mx.where(dropped, mx.array(-mx.inf) if is_logit else c, ranked)
         other = mx.argpartition(sign * ranked, kth, axis=axis)
         part = slice(0, k) if kth >= 0 else slice(-k, None)
         return self._choose(own, other, own[..., part], other[..., part])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,9 +54,7 @@ DENSE: Config = {
 
 def write_big_checkpoint(folder: Path) -> Path:
     """A model with 151 MB of float32 experts, which are a hole in the file: quick to write and to read."""
-    config = tiny_config(
-        "qwen2_moe", hidden_size=256, moe_intermediate_size=512, num_experts=32, num_experts_per_tok=2
-    )
+    config = tiny_config("qwen2_moe", hidden_size=256, moe_intermediate_size=512, num_experts=32, num_experts_per_tok=2)
     model_class, args_class = _get_classes(config)
     shapes = {p: a.shape for p, a in tree_flatten(model_class(args_class.from_dict(config)).parameters())}
     resident = {
@@ -118,7 +115,9 @@ class TestMemory:
         mx.reset_peak_memory()
         assert peak() <= model.memory_plan.resident + model.expert_cache.nbytes + 2 * MB  # the memory is given back
 
-    def test_a_budget_that_is_too_small_is_refused_before_anything_is_read(self, big: Path, peak: Callable[[], int]) -> None:
+    def test_a_budget_that_is_too_small_is_refused_before_anything_is_read(
+        self, big: Path, peak: Callable[[], int]
+    ) -> None:
         opened = OpenedModel(big)
         with pytest.raises(BudgetError, match="smallest that works") as error:
             opened.load(MemoryOptions(memory="8MB", max_context=128), EXACT)

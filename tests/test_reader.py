@@ -317,6 +317,30 @@ def test_ctrl_c_leaves_the_call_only_when_every_thread_is_idle(
         signal.signal(signal.SIGINT, previous)
 
 
+def test_ctrl_c_is_not_hidden_by_an_io_error_of_the_same_call(
+    shards: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = threading.main_thread()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def failing(real: Preadv) -> Preadv:
+        def preadv(descriptor: int, views: Sequence[memoryview], offset: int) -> int:
+            if threading.current_thread() is main:
+                time.sleep(5)  # ended by the interrupt, which comes after the failure
+            threading.Timer(0.1, signal.pthread_kill, (main.ident, signal.SIGINT)).start()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        return preadv
+
+    try:
+        with small_pieces("buffered", shards, threads=2) as opened:
+            watch_preadv(monkeypatch, failing)
+            with pytest.raises(KeyboardInterrupt):
+                opened.read([request(bytearray(300_000), 0)])
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_large_batches_use_several_threads_and_small_ones_only_the_callers(
     shards: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,9 +427,24 @@ def test_bytes_land_in_the_slot_of_an_mlx_array_and_mlx_sees_them(
     assert not np.array(pool[2].view(mx.uint8)).any()
 
 
-def test_calls_from_several_threads_take_turns(shards: tuple[Path, ...], contents: tuple[bytes, ...]) -> None:
+def test_calls_from_several_threads_take_turns(
+    shards: tuple[Path, ...], contents: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge = Gauge()
+    together: list[int] = []
+
+    def slow(real: Preadv) -> Preadv:
+        def preadv(descriptor: int, views: Sequence[memoryview], offset: int) -> int:
+            with gauge.call():
+                time.sleep(0.002)
+                together.append(gauge.running)
+                return real(descriptor, views, offset)
+
+        return preadv
+
     targets = [bytearray(50_000) for _ in range(6)]
-    with small_pieces("buffered", shards) as opened:
+    with small_pieces("buffered", shards, threads=1) as opened:
+        watch_preadv(monkeypatch, slow)
         callers = [
             threading.Thread(target=opened.read, args=([request(target, 1000 * i)],))
             for i, target in enumerate(targets)
@@ -415,6 +454,7 @@ def test_calls_from_several_threads_take_turns(shards: tuple[Path, ...], content
         for caller in callers:
             caller.join()
         assert opened.bytes_read == 300_000
+    assert max(together) == 1
     for i, target in enumerate(targets):
         assert target == contents[0][1000 * i : 1000 * i + 50_000]
 
@@ -474,6 +514,7 @@ def test_direct_reads_use_aligned_blocks_and_count_only_the_bytes_wanted(
         assert opened.bytes_read == 20_000
     assert calls
     assert all(offset % 4096 == 0 and nbytes % 4096 == 0 for offset, nbytes in calls)
+    assert sum(nbytes for _, nbytes in calls) == 3 * 4096 + 3 * 4096 + 2 * 4096  # no block more than needed
     assert opened.host_buffer_bytes == 0  # given back
 
 

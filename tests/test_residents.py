@@ -129,9 +129,7 @@ class TestOneTokenAtATime:
 
 # (capacity, more experts than that)
 crowds = st.permutations(range(EXPERTS)).flatmap(
-    lambda p: st.integers(K, EXPERTS - 1).flatmap(
-        lambda c: st.integers(c + 1, EXPERTS).map(lambda n: (c, list(p[:n])))
-    )
+    lambda p: st.integers(K, EXPERTS - 1).flatmap(lambda c: st.integers(c + 1, EXPERTS).map(lambda n: (c, list(p[:n]))))
 )
 
 

@@ -46,9 +46,7 @@ class TestRanking:
         self, z: Array, mask: npt.NDArray[np.bool_], mean: float, strength: float, top_j: int
     ) -> None:
         resident = set(np.flatnonzero(mask).tolist())
-        expected, lead = reference.cache_prior(
-            z.astype(np.float64), K, resident, mean, strength, top_j, range(len(z))
-        )
+        expected, lead = reference.cache_prior(z.astype(np.float64), K, resident, mean, strength, top_j, range(len(z)))
         assume(lead > 0)
         assert selected(rank(CachePrior(strength, top_j), z, mask, mean)) == set(expected)
 
@@ -106,9 +104,7 @@ class TestRanking:
         assert (np.argsort(ranked) == np.argsort(z)).all()
 
     @given(scores, masks, means, top_js)
-    def test_strength_0_changes_no_bit(
-        self, z: Array, mask: npt.NDArray[np.bool_], mean: float, top_j: int
-    ) -> None:
+    def test_strength_0_changes_no_bit(self, z: Array, mask: npt.NDArray[np.bool_], mean: float, top_j: int) -> None:
         assert rank(CachePrior(0.0, top_j), z, mask, mean).tobytes() == z.tobytes()
 
     def test_strength_1_is_not_cache_only(self) -> None:
@@ -133,7 +129,9 @@ class TestRunningRange:
             n = data.draw(st.integers(1, len(z) - seen))
             mean = running.observe(mx.array(z[seen : seen + n]))
             seen += n
-            expected = reference.inclusive_mean([reference.token_range(row, range(6)) for row in z[:seen].astype(float)])
+            expected = reference.inclusive_mean(
+                [reference.token_range(row, range(6)) for row in z[:seen].astype(float)]
+            )
             assert mean.item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
     def test_experts_that_were_ruled_out_do_not_widen_the_range(self) -> None:
@@ -206,8 +204,6 @@ class TestNamingAStrategy:
         assert default_top_j(k) == top_j
         assert parse("cache-prior", k=k) == CachePrior(0.1, top_j)
 
-    @pytest.mark.parametrize(
-        ("slots", "strength"), [(60, 0.1), (30, 0.1), (20, 0.1), (10, 0.05), (4, 0.02), (0, 0.0)]
-    )
+    @pytest.mark.parametrize(("slots", "strength"), [(60, 0.1), (30, 0.1), (20, 0.1), (10, 0.05), (4, 0.02), (0, 0.0)])
     def test_the_default_strength_falls_below_a_third_of_the_experts(self, slots: int, strength: float) -> None:
         assert default_strength(slots, 60) == pytest.approx(strength)

@@ -89,9 +89,7 @@ def write_checkpoint(
     return write_weights(folder, config, weights, shards=shards, tokenizer=tokenizer)
 
 
-def write_weights(
-    folder: Path, config: Config, weights: Weights, *, shards: int = 2, tokenizer: bool = False
-) -> Path:
+def write_weights(folder: Path, config: Config, weights: Weights, *, shards: int = 2, tokenizer: bool = False) -> Path:
     """Write tensors in turn to `shards` files (1: a single file without index), so that experts lie scattered."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -121,7 +119,11 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens(["<|end|>"])
     assert tokenizer.token_to_id("<|end|>") == EOS
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
