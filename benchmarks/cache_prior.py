@@ -23,18 +23,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cache_prior_runs import BLOCK, FlashRun, Quality, Setup, measure_quality, measure_speed
-from common import add_model_argument, environment, positive, run
+from cache_prior_runs import BLOCK, FlashRun, Quality, Setup, calibrate, measure_quality, measure_speed
+from common import add_model_argument, environment, model_folder, positive, run
 from held_out import text_windows
 
 from mlx_moecache.errors import UsageError
-from mlx_moecache.hub import resolve_model
 from mlx_moecache.loading import OpenedModel
 
 
-def describe_quality(results: Sequence[Quality], layers_note: str) -> str:
+def describe_quality(results: Sequence[Quality], windows_note: str) -> str:
     lines = [
-        f"quality: {results[0].tokens:,} tokens scored, {layers_note}; [95 % intervals over windows, paired]",
+        f"quality: {results[0].tokens:,} tokens scored, {windows_note}; [95 % intervals over windows, paired]",
         f"{'strength':>9}  {'perplexity':22}{'ratio':24}{'misses %':22}{'/ original':22}"
         f"{'swapped %':>10}  {'KL, nats':26}top-1 same %",
     ]
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if 0.0 in args.flash_ratio:
         raise UsageError("--flash-ratio must be above 0: at 0 reads take no time and there is nothing to compare")
     before = environment()
-    folder = resolve_model(args.model)
+    folder, name = model_folder(args.model)
     opened = OpenedModel(folder)
     shapes = opened.layer_shapes
     slots = args.slots or max(max(x.k for x in shapes), shapes[0].num_experts // 2)
@@ -123,16 +122,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup = Setup(folder, slots, args.window, (0.0, *(s for s in dict.fromkeys(args.strengths) if s)))
     show = not args.json
     quality = measure_quality(setup, windows, show)
-    runs = [measure_speed(setup, windows, ratio, args.tokens, show) for ratio in args.flash_ratio]
+    calibration = calibrate(setup, windows)
+    runs = [measure_speed(setup, windows, ratio, calibration, args.tokens, show) for ratio in args.flash_ratio]
     if show:
-        print(f"{folder.name}: {slots} of {shapes[0].num_experts} experts in memory, {len(shapes)} layers, LRU")
+        print(f"{name}: {slots} of {shapes[0].num_experts} experts in memory, {len(shapes)} layers, LRU")
         print(describe_quality(quality, f"{args.windows} windows of {args.window}"))
         for r in runs:
             print(describe_speed(r))
     record = {
         "benchmark": "cache_prior",
         "environment": before,
-        "model": folder.name,
+        "model": name,
         "slots": slots,
         "experts": shapes[0].num_experts,
         "layers": len(shapes),

@@ -25,7 +25,7 @@ from mlx_moecache.reader import EmulatedFlash
 
 SEGMENT = 16  # tokens that are timed at once
 BLOCK = 2 * SEGMENT  # tokens: one segment forwards through the strengths, one backwards
-CALIBRATION = 64  # tokens, after as many to fill the cache
+CALIBRATION = 2  # windows, after one to fill the caches
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Setup:
     def load(self, flash: EmulatedFlash | None = None) -> list[nn.Module]:
         """One model for each strength."""
         return [self._load(strength, flash) for strength in self.strengths]
+
+    def load_original(self) -> nn.Module:
+        return self._load(0.0, None)
 
     def _load(self, strength: float, flash: EmulatedFlash | None) -> nn.Module:
         options = CacheOptions(routing="cache-prior", strength=strength, flash=flash)
@@ -194,14 +197,13 @@ def timed(model: nn.Module, kv: list[Any], ids: Ids) -> Array:
 
 
 def calibrate(setup: Setup, windows: Ids) -> Array:
-    """Seconds of compute and bytes to read of one token under original routing with a warm cache."""
-    model = Setup(setup.folder, setup.slots, setup.context, (0.0,)).load()[0]
-    ids = windows[:, :-1].ravel()[: 2 * CALIBRATION]
-    kv = make_prompt_cache(model)
-    half = len(ids) // 2
-    decode(model, kv, ids[:half])
-    row = timed(model, kv, ids[half:]) / (len(ids) - half)
+    """Seconds of compute and bytes to read of one token under original routing with warm caches."""
+    model = setup.load_original()
+    ids = list(itertools.islice(itertools.cycle(windows[:, :-1]), 1 + CALIBRATION))
+    decode(model, make_prompt_cache(model), ids[0])
+    rows = [timed(model, make_prompt_cache(model), window) for window in ids[1:]]
     experts_of(model).close()
+    row = np.sum(rows, axis=0) / sum(map(len, ids[1:]))
     return np.array([row[SECONDS] - row[READ], row[BYTES]])
 
 
@@ -218,9 +220,14 @@ def timed_blocks(models: Sequence[nn.Module], ids: Ids) -> Iterator[Array]:
         yield sums
 
 
-def measure_speed(setup: Setup, windows: Ids, flash_ratio: float, tokens: int, show: bool) -> FlashRun:
-    """Time `tokens` tokens at every strength, on a flash that makes original routing read for `flash_ratio` x compute."""
-    compute, nbytes = calibrate(setup, windows)
+def measure_speed(
+    setup: Setup, windows: Ids, flash_ratio: float, calibration: Array, tokens: int, show: bool
+) -> FlashRun:
+    """Time `tokens` tokens at every strength; original routing reads about `flash_ratio` times as long as it computes.
+
+    `calibration` comes from `calibrate`. Raises UsageError if nothing is ever read.
+    """
+    compute, nbytes = calibration
     if not nbytes:
         raise UsageError("no expert had to be read, so there is no speed to compare; use fewer --slots")
     flash = EmulatedFlash(bytes_per_second=nbytes / (flash_ratio * compute))

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 import mlx_moecache
+from mlx_moecache.demo import DEMO_NAME, demo_model
 from mlx_moecache.errors import MoeCacheError
+from mlx_moecache.hub import resolve_model
 
 Array = npt.NDArray[np.float64]
-DEMO_MODEL = Path(mlx_moecache.__file__).parent / "demo_model"
 DRAWS = 2000
 LEVEL = 0.95
 
@@ -95,11 +96,15 @@ def positive(text: str) -> int:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default=str(DEMO_MODEL),
-        help="model folder or Hugging Face repo id (default: the bundled demo model)",
-    )
+    parser.add_argument("--model", help="model folder or Hugging Face repo id (default: the bundled demo model)")
+
+
+def model_folder(argument: str | None) -> tuple[Path, str]:
+    """Where the model is, and what the record calls it. Raises HubError if it cannot be found or fetched."""
+    if argument is None:
+        return demo_model(), DEMO_NAME
+    folder = resolve_model(argument)
+    return folder, folder.name if Path(argument).exists() else argument
 
 
 def run(main: Callable[[], None]) -> int:

@@ -28,13 +28,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import numpy as np
-from common import Array, Estimate, add_model_argument, bootstrap, environment, median, positive, run
+from common import Array, Estimate, add_model_argument, bootstrap, environment, median, model_folder, positive, run
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 import mlx_moecache
-from mlx_moecache.hub import resolve_model
 
 TARGET = 0.97  # ours / stock, tokens per second
 TELLING = 0.1  # a wider interval decides nothing
@@ -189,15 +188,15 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = setup_arg_parser().parse_args(argv)
     before = environment()
-    folder = resolve_model(args.model)
+    folder, name = model_folder(args.model)
     results = measure(folder, tokens=args.tokens, rounds=args.rounds, show=not args.json)
     if not args.json:
-        print(f"{folder.name}: {args.rounds} rounds of 4 segments of {args.tokens} tokens for each comparison")
+        print(f"{name}: {args.rounds} rounds of 4 segments of {args.tokens} tokens for each comparison")
         print(describe(results))
     record = {
         "benchmark": "decode_speed",
         "environment": before,
-        "model": folder.name,
+        "model": name,
         "tokens_per_segment": args.tokens,
         "rounds": args.rounds,
         "target_ratio": TARGET,

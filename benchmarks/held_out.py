@@ -46,7 +46,7 @@ def text_windows(paths: Sequence[Path], tokenizer: TokenizerWrapper, *, tail: fl
     stream: list[int] = []
     for path in paths:
         for document in held_out(path, tail):
-            stream += [*tokenizer.encode(document, add_special_tokens=False), tokenizer.eos_token_id]
+            stream += [*tokenizer.encode(document, add_special_tokens=False, verbose=False), tokenizer.eos_token_id]
     if (fit := (len(stream) - 1) // length) < count:
         raise UsageError(
             f"{len(stream):,} tokens of text hold {fit} windows of {length}, not {count}; "

@@ -94,6 +94,8 @@ class Residents:
             usable += [(self._slot_of[e], e) for e in kept[: least - len(usable)]]
         width = min(len(usable), len(missing))
         waves = [Wave(present, [])] if present else []
+        if not missing:
+            return waves
         first = len(missing) % width or width  # so that the last wave fills all usable slots
         start, occupants = 0, usable[:width]
         while start < len(missing):

@@ -1,4 +1,4 @@
-"""Cache-Prior and the mixing weights of seven routers in plain NumPy, written from their definitions, token by token."""
+"""Cache-Prior and the mixing weights of seven routers in plain NumPy, from their definitions, token by token."""
 
 from __future__ import annotations
 

@@ -128,6 +128,8 @@ class TestOneBlockAtDecode:
             expected, lead = reference.cache_prior(
                 z, m.k, call.residents, reference.inclusive_mean(ranges), STRONG, m.top_j, allowed
             )
+            mean = block.running_range.total.item() / block.running_range.tokens
+            assert mean == pytest.approx(reference.inclusive_mean(ranges), rel=1e-5)  # from the first token on
             if lead > 1e-4:  # otherwise rounding decides
                 decided += 1
                 assert set(chosen) == set(expected)

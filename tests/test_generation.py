@@ -272,7 +272,7 @@ class TestResponses:
             next(stream_generate(load(shelf), tokenizer, TEXT, max_tokens=max_tokens))
 
     def test_a_model_of_mlx_lm_is_refused(self, shelf: Shelf, tokenizer: TokenizerWrapper) -> None:
-        with pytest.raises(UsageError, match="load it with mlx_moecache.load"):
+        with pytest.raises(UsageError, match=r"load it with mlx_moecache\.load"):
             next(stream_generate(stock_of(shelf), tokenizer, TEXT))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,4 @@ class TestRoutersThatTheSeamDoesNotReach:
 
 def with_globals_of_module(function: Any, module: Any) -> Any:
     """`function` as if it stood in `module`."""
-    import types
-
     return types.FunctionType(function.__code__, vars(module), function.__name__)

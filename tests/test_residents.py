@@ -1,4 +1,4 @@
-"""Which experts are resident after which requests, against plain reference implementations, and the plans in between."""
+"""Which experts are resident after which requests, against plain references, and the plans in between."""
 
 from __future__ import annotations
 

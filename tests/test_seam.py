@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference_routing as reference
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.deepseek_v3 import MoEGate
 from mlx_lm.models.gpt_oss import MLPBlock
@@ -84,8 +85,6 @@ class TestWhereItIsInstalled:
 
     def test_parameters_have_the_same_names_as_before(self, shelf: Shelf) -> None:
         path = shelf.checkpoint("qwen2_moe")
-        from mlx.utils import tree_flatten
-
         names = [n for n, _ in tree_flatten(shelf.stock(path).parameters())]
         model = OpenedModel(path).load(MemoryOptions(slots=5), CacheOptions())
         assert [n for n, _ in tree_flatten(model.parameters())] == names

@@ -36,7 +36,7 @@ class TestViews:
 
     def test_arrays_beyond_the_limit_of_mlx_are_refused_before_they_are_made(self) -> None:
         huge = ComponentSpec("w", "uint8", (MAX_ELEMENTS // 2 + 1,))
-        with pytest.raises(UnsupportedModelError, match="2 slots .*fewer --slots"):
+        with pytest.raises(UnsupportedModelError, match=r"2 slots .*fewer --slots"):
             SlotPool([huge], 2)
 
 
