@@ -78,12 +78,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strengths", type=numbers, default=(0.05, 0.1, 0.2), help="(default: 0,0.05,0.1,0.2; 0 = original)"
     )
-    parser.add_argument("--windows", type=positive, default=32, help="windows to score (default: 32)")
+    parser.add_argument("--windows", type=positive, default=20, help="windows to score (default: 20)")
     parser.add_argument("--window", type=positive, default=256, help="tokens per window (default: 256)")
     parser.add_argument(
         "--flash-ratio", type=numbers, default=(1.0, 4.0), help="read / compute time of original routing (default: 1,4)"
     )
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens to time per flash ratio (default: 1024)")
+    parser.add_argument("--tokens", type=positive, default=768, help="tokens to time per flash ratio (default: 768)")
     parser.add_argument("--json", action="store_true", help="print the line of JSON only")
     return parser
 
@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened = OpenedModel(folder)
     shapes = opened.layer_shapes
     slots = args.slots or max(max(x.k for x in shapes), shapes[0].num_experts // 2)
+    if slots >= shapes[0].num_experts:
+        raise UsageError(f"--slots must be below the {shapes[0].num_experts} experts: else nothing is ever read")
     windows = text_windows(args.text, opened.tokenizer(), tail=args.tail, count=args.windows, length=args.window)
     # Without the 0 of original routing there is nothing to compare with.
     setup = Setup(folder, slots, args.window, (0.0, *(s for s in dict.fromkeys(args.strengths) if s)))

@@ -253,7 +253,7 @@ def summarise_speed(strength: float, original: Array, biased: Array, layers: int
     before, total = original.sum(axis=0), biased.sum(axis=0)
     pairs = np.stack([original, biased], axis=1)
     ratios = original[:, SECONDS] / biased[:, SECONDS]
-    expected_seconds = before[SECONDS] - before[READ] + before[READ] * total[LOADED] / before[LOADED]
+    expected_seconds = before[SECONDS] - before[READ] + before[READ] * total[LOADED] / max(1.0, before[LOADED])
     return Speed(
         strength=strength,
         tokens=tokens,

@@ -23,7 +23,7 @@ from mlx_moecache.errors import MoeCacheError
 from mlx_moecache.hub import resolve_model
 
 Array = npt.NDArray[np.float64]
-DRAWS = 2000
+DRAWS = 1000
 LEVEL = 0.95
 
 

@@ -38,7 +38,7 @@ import mlx_moecache
 TARGET = 0.97  # ours / stock, tokens per second
 TELLING = 0.1  # a wider interval decides nothing
 FASTEST = 0.1
-SKIPPED = 4  # first tokens of a reply that are not timed: the two sides start their look-ahead differently
+SKIPPED = 2  # first tokens of a reply that are not timed: the two sides start their look-ahead differently
 CONTROL = "control"
 PROMPT = "Once upon a time there was a little dog. He liked to play with his ball in the garden, and"
 
@@ -179,8 +179,8 @@ def describe(results: Sequence[Result]) -> str:
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Decode speed with all experts resident, against stock mlx-lm.")
     add_model_argument(parser)
-    parser.add_argument("--tokens", type=positive, default=16, help="timed tokens per segment (default: 16)")
-    parser.add_argument("--rounds", type=positive, default=200, help="rounds per comparison (default: 200)")
+    parser.add_argument("--tokens", type=positive, default=8, help="timed tokens per segment (default: 8)")
+    parser.add_argument("--rounds", type=positive, default=100, help="rounds per comparison (default: 100)")
     parser.add_argument("--json", action="store_true", help="print the line of JSON only")
     return parser
 

@@ -6,19 +6,19 @@ the interpreter and its libraries, which are there before we begin.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from .errors import BudgetError, UsageError
 
 AUTO_SHARE_OF_RAM = 0.7
-TRANSIENT_SHARE = (
-    0.25  # of what is left beside resident weights and KV: larger prefill chunks are not worth the slots
-)
+TRANSIENT_SHARE = 0.25  # of what is left beside resident weights and KV: larger chunks are not worth the slots
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens per prefill chunk that the planner may choose
-UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+USEFUL_CHUNK = 256  # tokens; all experts are made resident only if a chunk of this size still fits beside them
+SLACK = 2**19  # bytes for what is too small to be named: masks, indices, scalars, rounding
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def parse_memory(memory: str | int, *, physical: int, recommended: int | None) -> int:
@@ -33,16 +33,16 @@ def parse_memory(memory: str | int, *, physical: int, recommended: int | None) -
         if text == "auto":
             size = int(AUTO_SHARE_OF_RAM * physical)
             return min(size, recommended) if recommended else size
-        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([kmgt]?)(i?)b?)", text)
-        if match is None:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:(%)|([kmgt]?)(i?)b?)", text)
+        if match is None or (match[4] and not match[3]):
             raise UsageError(f"{memory!r} is not a memory size; write 4GB, 512MB, 2GiB, 60% (of RAM) or auto")
-        number, percent, unit, binary = match.groups()
-        if percent:
-            size = int(float(number) / 100 * physical)
-        elif binary and unit:
-            size = int(float(number) * 1024 ** "kmgt".index(unit) * 1024)
+        number = Fraction(match[1].rstrip("."))  # exact: a size that was printed must be understood as the same
+        if match[2]:
+            if number > 100:
+                raise UsageError(f"{memory!r} is more than all of RAM; use at most 100%, or a size such as 4GB")
+            size = int(number / 100 * physical)
         else:
-            size = int(float(number) * UNITS[unit])
+            size = int(number * (1024 ** (1 + "kmgt".index(match[3])) if match[4] else UNITS[match[3]]))
     if size <= 0:
         raise UsageError(f"the memory budget must be more than 0, not {memory!r}")
     return size
@@ -51,10 +51,12 @@ def parse_memory(memory: str | int, *, physical: int, recommended: int | None) -
 def format_bytes(n: int, *, up: bool = False) -> str:
     """Three significant digits in B, KB, MB or GB (1 GB = 1e9 bytes); `up` never rounds down."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if n >= 0.9995 * size:
-            digits = max(0, 2 - int(math.log10(max(1.0, n / size))))
-            value = n / size * 10**digits
-            return f"{(math.ceil(value - 1e-9) if up else round(value)) / 10**digits:.{digits}f} {unit}"
+        if 10000 * n >= 9995 * size:
+            digits = 2 if n < 10 * size else 1 if n < 100 * size else 0
+            step = size // 10**digits
+            count = -(-n // step) if up else (n + step // 2) // step
+            whole, rest = divmod(count, 10**digits)
+            return f"{whole}.{rest:0{digits}} {unit}" if digits else f"{whole} {unit}"
     return f"{n} B"
 
 
@@ -70,14 +72,33 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ForwardShape:
-    """What a forward pass needs besides weights: `transient(chunk)` bytes for a chunk of so many tokens."""
+    """What a forward pass needs besides weights and KV cache, in bytes (per token of a prefill chunk unless said).
 
-    bytes_per_token: int  # activations that live at once in the widest layer
-    score_bytes_per_token: int  # attention scores of one query token over the whole context, 0 where fused
-    fixed: int  # logits, sampling, growth of the KV cache
+    A layer runs in stages that do not overlap: attention, then the experts, then their combination. Each partly
+    resident layer is evaluated between them; if all experts are resident, only long chunks are (moe_block.py).
+    """
 
-    def transient(self, chunk: int) -> int:
-        return self.fixed + chunk * (self.bytes_per_token + self.score_bytes_per_token)
+    held: int  # what Python and the KV cache keep of a chunk throughout a layer
+    attention: int  # projections, rotation, norms and unfused scores over the whole context
+    attention_fixed: int  # whatever the chunk: the old buffer of a KV cache that grows, expanded latent keys
+    combine: int  # expert outputs, their weighted sum, shared and dense MLPs
+    outputs: int  # expert outputs alone, while waves are computed
+    pair: int  # intermediates of one (token, expert) pair in a wave
+    k: int  # pairs per token
+    wave_pairs: int  # pairs that are computed at once, at most
+    experts: int  # intermediates of all pairs of a token, computed at once because all experts are resident
+    decode: int  # bytes that a decode step needs, sampling included
+    array: int  # the largest single array
+
+    def transient(self, chunk: int, *, complete: bool) -> int:
+        """Bytes for a chunk of so many tokens, or for decoding if that is more; `complete`: all experts resident."""
+        attention = chunk * self.attention + self.attention_fixed
+        waves = chunk * self.outputs + min(chunk * self.k, self.wave_pairs) * self.pair
+        peak = max(attention, chunk * self.combine, waves)
+        if complete:
+            lazy = min(chunk, self.wave_pairs // self.k)  # such chunks are one graph: stages overlap
+            peak = max(peak, chunk * self.experts, lazy * (self.attention + self.experts) + self.attention_fixed)
+        return SLACK + max(self.decode, chunk * self.held + peak)
 
 
 @dataclass(frozen=True)
@@ -92,10 +113,22 @@ class MemoryPlan:
     slots: int
     slots_per_layer: tuple[int, ...]
     prefill_step_size: int  # tokens per prefill chunk
+    forward: ForwardShape  # where `transient` comes from
 
     @property
     def total(self) -> int:
         return self.resident + self.kv + self.transient + self.host_buffers + self.slots
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of KV cache and transients above which MLX should wait for running operations; None: no budget.
+
+        MLX looks after it has allocated, so the largest array must still fit above.
+        """
+        if self.budget is None:
+            return None
+        largest = self.forward.array * self.prefill_step_size
+        return max(0, self.budget - self.resident - self.slots - self.host_buffers - largest)
 
     def parts(self) -> dict[str, int]:
         return {
@@ -119,19 +152,22 @@ def plan_memory(
     prefill_step_size: int | None = None,
     max_chunk: int = CHUNKS[0],
 ) -> MemoryPlan:
-    """Turn a budget in bytes, or a number of slots per layer, into a plan.
+    """Turn a budget in bytes, or a number of slots per layer, into a plan whose total is within the budget.
 
-    Every layer gets the same number of slots, at most its experts. Without `prefill_step_size` the largest chunk is
-    taken whose transients fit into a quarter of what weights and KV cache leave, at most `max_chunk` tokens (no prompt is longer).
+    Every layer gets the same number of slots, at least its k; more budget never means fewer slots. All experts become
+    resident if they fit beside a useful prefill chunk. Otherwise a quarter of what weights and KV cache leave is kept
+    for transients, unless all of a chunk of `max_chunk` tokens (no prompt is longer) needs less or the shortest chunk
+    needs more; then the longest chunk is taken that fits beside the slots. `prefill_step_size`: this chunk, no other.
     Raises BudgetError if not even the minimum (k slots per layer) fits, naming the smallest budget that would.
     """
     sizes = CHUNKS if prefill_step_size is None else (prefill_step_size,)
-    chunks = list(dict.fromkeys(min(c, max_chunk) for c in sizes))
+    chunks = list(dict.fromkeys(min(c, max_chunk) for c in sizes))  # longest first
 
-    def finish(per_layer: Sequence[int], chunk: int) -> MemoryPlan:
-        counts = tuple(min(s, x.num_experts) for s, x in zip(per_layer, layers, strict=True))
+    def finish(counts: Sequence[int], chunk: int) -> MemoryPlan:
+        complete = any(s == x.num_experts for s, x in zip(counts, layers, strict=True))
+        transient = forward.transient(chunk, complete=complete)
         size = sum(s * x.bytes_per_expert for s, x in zip(counts, layers, strict=True))
-        return MemoryPlan(budget, resident, kv, forward.transient(chunk), host_buffers, size, counts, chunk)
+        return MemoryPlan(budget, resident, kv, transient, host_buffers, size, tuple(counts), chunk, forward)
 
     if slots is not None:
         for x in layers:
@@ -140,33 +176,37 @@ def plan_memory(
                     f"{slots} slots per layer are too few: each token of this model uses {x.k} experts in {x.path}; "
                     f"use --slots {max(y.k for y in layers)} or more (all: {max(y.num_experts for y in layers)})"
                 )
-        return finish([slots] * len(layers), chunks[0])
+        return finish([min(slots, x.num_experts) for x in layers], chunks[0])
 
     assert budget is not None
-    left = budget - resident - kv - host_buffers
     smallest = finish([x.k for x in layers], chunks[-1])
     if smallest.total > budget:
-        parts = ", ".join(
-            f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in smallest.parts().items() if n
-        )
+        parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in smallest.parts().items() if n)
         raise BudgetError(
             f"a memory budget of {format_bytes(budget)} is too small for this model; the smallest that works is "
             f"{format_bytes(smallest.total, up=True)} ({parts}: {max(x.k for x in layers)} slots per layer)"
         )
-    chunk = next((c for c in chunks if forward.transient(c) <= TRANSIENT_SHARE * left), chunks[-1])
-    while chunk != chunks[-1] and left - forward.transient(chunk) < smallest.slots:
-        chunk = chunks[chunks.index(chunk) + 1]
-    room = left - forward.transient(chunk)
-    most = max(x.num_experts for x in layers)
-    low, high = 0, most  # the largest s whose slots fit; k of a layer is always granted
 
-    def size(s: int) -> int:
-        return sum(min(max(s, x.k), x.num_experts) * x.bytes_per_expert for x in layers)
+    def longest_chunk(counts: Sequence[int], least: int) -> MemoryPlan | None:
+        plans = (finish(counts, c) for c in chunks if c >= least)
+        return next((p for p in plans if p.total <= budget), None)
 
+    everything = longest_chunk([x.num_experts for x in layers], min(USEFUL_CHUNK, chunks[0]))
+    if everything is not None:
+        return everything
+
+    def partly(s: int) -> list[int]:
+        return [max(x.k, min(s, x.num_experts - 1)) for x in layers]
+
+    left = budget - resident - kv - host_buffers
+    complete = any(s == x.num_experts for s, x in zip(partly(0), layers, strict=True))
+    least, most = (forward.transient(c, complete=complete) for c in (chunks[-1], chunks[0]))
+    room = left - min(max(int(TRANSIENT_SHARE * left), least), max(least, most))
+    low, high = 0, max(x.num_experts for x in layers)  # the largest s whose slots fit; k of a layer is always granted
     while low < high:
         middle = (low + high + 1) // 2
-        if size(middle) <= room:
+        if sum(s * x.bytes_per_expert for s, x in zip(partly(middle), layers, strict=True)) <= room:
             low = middle
         else:
             high = middle - 1
-    return finish([max(low, x.k) for x in layers], chunk)
+    return longest_chunk(partly(low), 0) or smallest

@@ -5,8 +5,8 @@ Everything is derived from shapes; nothing is evaluated. The MoE blocks must sti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,14 +16,17 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import system
-from .budget import ForwardShape
-from .moe_block import MoeBlock
+from .budget import CHUNKS, SLACK, ForwardShape
+from .moe_block import WAVE_ROWS, MoeBlock
+from .slots import MAX_UNFENCED
 
-LOGIT_COPIES = (
-    6  # float32 rows of the vocabulary that sampling keeps at once: logits, log-probabilities, sorting
-)
-KV_GROWTH = 2  # a KV buffer that grows exists twice, keys and values of one layer
-SCORE_COPIES = 3  # unfused attention: scores, masked scores, probabilities
+KV_STEP = 256  # tokens by which mlx-lm's KV caches grow
+SAMPLING_ROWS = 16  # rows of 4 bytes per vocabulary entry: logits, log-probabilities, and top-p, top-k, min-p sorting
+ROUTER_ROWS = 6  # rows of 4 bytes per expert: logits, probabilities, the selection before it is cut to k, its scores
+PROJECTION_COPIES = 3  # a projection and its rotation (two halves times two products, joined), averaged over q, k, v, o
+NORM_ROWS = 4  # normalised input, normalised output, what the attention returns, the new residual
+HELD_ROWS = 4  # local variables of the model's layers: residual, attention output, their sum, its norm
+FUSED_HEADS = (64, 80, 128)  # head sizes for which Metal never makes the scores of a chunk
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,32 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def kv_cache_bytes(model: nn.Module, tokens: int, options: KVOptions, chunk: int) -> tuple[int, int]:
-    """Bytes of the KV cache for `tokens` tokens, and of its largest layer, from the model's own cache classes.
+    """The most bytes that the KV cache for `tokens` tokens ever has, and those of its largest layer.
 
-    A lazy forward pass is built and thrown away: its caches have the right shapes without being computed.
+    Lazy forward passes are built and thrown away: their caches have the right shapes without being computed. All whole
+    chunks but the last are one pass, as the buffers end up the same; the last one is apart because a cache with a
+    sliding window keeps a whole chunk until the next one comes.
     """
+    if chunk < tokens and chunk % KV_STEP and KV_STEP % chunk:
+        chunk = _round_up(chunk, KV_STEP)
+        tokens += KV_STEP - 1  # such chunks end inside of a buffer, which then grows from there
+    whole = tokens // chunk * chunk
+    lengths = [whole - chunk, chunk, tokens - whole] if whole else [tokens]
+    if options.bits is not None:
+        first = min(_round_up(max(options.quantized_start, 1), chunk), tokens)  # the most that is there unquantised
+        lengths = [first, tokens - first]
     cache = make_prompt_cache(model, max_kv_size=options.max_size)
-    done = 0
-    while done < tokens:
-        n = min(chunk, tokens - done)
-        model(mx.zeros((1, n), dtype=mx.int32), cache=cache)
-        maybe_quantize_kv_cache(cache, options.quantized_start, options.group_size, options.bits)
-        done += n
-    sizes = [int(c.nbytes) for c in cache]
-    return sum(sizes), max(sizes, default=0)
+    most = largest = 0
+    for n in lengths:
+        if n:
+            model(mx.zeros((1, n), dtype=mx.int32), cache=cache)
+            before = [int(c.nbytes) for c in cache]
+            maybe_quantize_kv_cache(cache, options.quantized_start, options.group_size, options.bits)
+            after = [int(c.nbytes) for c in cache]
+            # Quantising makes the new buffers of all layers while the old ones are there.
+            most = max(most, sum(after) + (sum(before) if after != before else 0))
+            largest = max(largest, *before)
+    return most, largest
 
 
 def activation_dtype(model: nn.Module) -> mx.Dtype:
@@ -85,34 +101,119 @@ def hidden_dims(config: Mapping[str, Any], blocks: Sequence[MoeBlock]) -> int:
     return blocks[0].output_dims
 
 
+def estimate(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    blocks: Sequence[MoeBlock],
+    kv: KVOptions,
+    *,
+    context: int,
+    chunk: int | None,
+) -> tuple[int, ForwardShape]:
+    """Bytes of the KV cache for `context` tokens, and the forward pass. chunk: tokens, None if any of CHUNKS."""
+    shortest, longest = (min(c, context) for c in ((chunk, chunk) if chunk else (CHUNKS[-1], CHUNKS[0])))
+    least, layer = kv_cache_bytes(model, context, kv, shortest)
+    size = _round_up(context, KV_STEP)
+    most = least if shortest == longest else kv_cache_bytes(model, context, kv, longest)[0]
+    forward = forward_shape(
+        model,
+        config,
+        blocks,
+        context=context,
+        kv_copy=layer * (size - KV_STEP) // size,
+        kv_growth_per_token=-(-max(0, most - least) // max(1, longest - shortest)),
+        quantized_kv=kv.bits is not None,
+    )
+    return least, forward
+
+
 def forward_shape(
     model: nn.Module,
     config: Mapping[str, Any],
     blocks: Sequence[MoeBlock],
     *,
     context: int,
-    largest_kv_layer: int,
+    kv_copy: int,
+    kv_growth_per_token: int = 0,
+    quantized_kv: bool = False,
 ) -> ForwardShape:
-    """An upper estimate of what a forward pass over a prefill chunk keeps at once, in the widest layer."""
+    """What a forward pass keeps at once beside weights and KV cache, from the shapes of the widest layer.
+
+    MLX frees an array when its last reader has run, but it makes up to some fifty arrays ahead of those, so that each
+    stage is charged with all that it makes. context: tokens that a query sees. kv_copy: bytes of the old buffer while
+    a layer's KV cache grows. kv_growth_per_token: bytes by which sliding-window caches grow with each token of a chunk.
+    """
     text = {**config, **(config.get("text_config") or {})}
     size = activation_dtype(model).size
     D = hidden_dims(config, blocks)
-    dense = max((_linear_outputs(layer) for layer in model.layers), default=0)
-    # Sorted inputs, outputs of the waves, their concatenation, the unsorted result, the weighted sum's product.
-    experts = max(b.k * (6 * max(D, b.output_dims) + 3 * b.inner_dims) for b in blocks)
-    heads = int(text.get("num_attention_heads") or text.get("n_heads") or 1)
+    heads = int(text.get("num_attention_heads") or text.get("n_heads") or text.get("num_heads") or 1)
     vocabulary = int(text.get("vocab_size") or 0)
-    return ForwardShape(
-        bytes_per_token=size * (8 * D + 2 * dense + experts),
-        score_bytes_per_token=4 * SCORE_COPIES * heads * context if system.on_cpu() else 0,
-        fixed=4 * LOGIT_COPIES * vocabulary + KV_GROWTH * largest_kv_layer + 2**20,
+    widths = [_widths(layer, blocks) for layer in model.layers]
+    attention = max((outside for outside, inside in widths if inside is not None), default=max(widths)[0])
+    dense = max((outside if inside is None else inside for outside, inside in widths), default=0)
+    names = {name for layer in model.layers for _, module in layer.named_modules() for name in module}
+    query_norms = int(any("q_norm" in n or "query_layernorm" in n for n in names))  # queries and keys, once more
+    scores, expanded = _scores(names, text, heads, size, quantized_kv)
+    norms = NORM_ROWS * D
+
+    def widest(per_block: Callable[[MoeBlock], int]) -> int:
+        return max(per_block(b) for b in blocks)
+
+    # Expert outputs times their weights may be float32 whatever the model computes in.
+    combine = size * (norms + dense) + widest(lambda b: b.k * b.output_dims) * (size + 4)
+    attended = context * (scores + 1)  # and one byte of the causal mask
+    held = size * HELD_ROWS * D + 4 * ROUTER_ROWS * widest(lambda b: b.num_experts) + kv_growth_per_token
+    shape = ForwardShape(
+        held=held,
+        attention=size * (norms + (PROJECTION_COPIES + query_norms) * attention) + attended,
+        attention_fixed=kv_copy + context * expanded,
+        combine=combine,
+        outputs=size * widest(lambda b: b.k * b.output_dims),
+        # Rows are gathered, gathered again in the switch's own order, and its outputs put back into ours.
+        pair=size * widest(lambda b: 2 * D + 3 * b.inner_dims + 2 * b.output_dims),
+        k=widest(lambda b: b.k),
+        wave_pairs=WAVE_ROWS,
+        experts=size * widest(lambda b: b.k * (D + 2 * b.inner_dims + 2 * b.output_dims)),
+        decode=0,
+        array=max(context * scores, size * widest(lambda b: b.k * max(D, b.inner_dims, b.output_dims))),
     )
+    # Two layers are in flight if nothing reads the host, and outputs are kept for the fence.
+    layer = shape.transient(1, complete=True) - SLACK
+    kept = size * (MAX_UNFENCED + 1) * sum(b.k * b.output_dims for b in blocks)
+    return replace(shape, decode=2 * layer + kept + 4 * SAMPLING_ROWS * vocabulary)
 
 
-def _linear_outputs(layer: nn.Module) -> int:
-    """Sum of the output widths of all linear layers below `layer`."""
-    total = 0
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _widths(layer: nn.Module, blocks: Sequence[MoeBlock]) -> tuple[int, int | None]:
+    """Outputs per token of the linear layers in `layer`: outside of its MoE block, and inside (None: it has none)."""
+    mine = {id(m) for m in layer.modules()}
+    inner = [b.block for b in blocks if id(b.block) in mine and b.block is not layer]
+    inside = {id(m) for block in inner for m in block.modules()}
+    total = inner_total = 0
     for module in layer.modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear):
-            total += int(module.weight.shape[0])
-    return total
+            width = int(module.weight.shape[0])
+            total += width
+            inner_total += width if id(module) in inside else 0
+    return total - inner_total, inner_total if inner else None
+
+
+def _scores(names: set[str], text: Mapping[str, Any], heads: int, size: int, quantized_kv: bool) -> tuple[int, int]:
+    """Bytes that attention keeps for each key: per query, and once per layer. names: of all parts of the layers.
+
+    Unfused attention makes its scores once (masking and softmax work in place); sinks are joined to them and cut off
+    again, three arrays in all. Absorbed latent attention adds rotary scores, and expands keys and values.
+    """
+    absorbed = "embed_q" in names
+    query = value = int(text.get("head_dim") or int(text.get("hidden_size") or 0) // heads)
+    if "kv_lora_rank" in text:
+        query = int(text.get("qk_nope_head_dim") or 0) + (0 if absorbed else int(text.get("qk_rope_head_dim") or 0))
+        value = int(text.get("v_head_dim") or 0)
+    fused = not system.on_cpu() and not quantized_kv and query == value and query in FUSED_HEADS
+    copies = 0 if fused else 3 if "sinks" in names else 1
+    if not absorbed:
+        return copies * heads * size, 0
+    return (copies + 1) * heads * size, heads * (query + value) * size

@@ -189,7 +189,7 @@ def stream_generate(
         )
 
     began = time.perf_counter()
-    with system.wired():
+    with system.wired(), system.headroom(_room(model, experts, prompt_cache)):
         for n, (token, logprobs) in enumerate(generate_step(prompt, model, options), start=1):
             now = time.perf_counter()
             if n == 1:
@@ -225,6 +225,14 @@ def expert_cache_of(model: nn.Module) -> ExpertCache:
     if not isinstance(cache, ExpertCache):
         raise UsageError("this model has no expert cache; load it with mlx_moecache.load")
     return cache
+
+
+def _room(model: nn.Module, experts: ExpertCache, cache: Sequence[Any] | None) -> int | None:
+    """Bytes that a reply may use beside weights and slots before MLX should wait; None if no budget was given."""
+    room: int | None = model.memory_plan.room
+    if room is None or list(model.memory_plan.slots_per_layer) != experts.slots_per_layer:  # resized by slots
+        return None
+    return max(0, room - sum(int(c.nbytes) for c in cache or ()))
 
 
 def _start(arrays: Sequence[mx.array]) -> None:

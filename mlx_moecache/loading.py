@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer
 
 from . import footprint, system
-from .budget import ForwardShape, LayerShape, MemoryPlan, parse_memory, plan_memory
+from .budget import LayerShape, MemoryPlan, parse_memory, plan_memory
 from .checkpoint import LayerExtents, locate_experts, read_index
 from .errors import CheckpointError, MoeCacheError, UnsupportedModelError, UsageError
 from .expert_cache import ExpertCache, LayerExperts
@@ -114,11 +114,8 @@ class OpenedModel:
             budget = parse_memory(
                 memory, physical=system.physical_memory(), recommended=system.recommended_working_set()
             )
-        chunk = options.prefill_step_size or 2048
-        kv, largest = footprint.kv_cache_bytes(self.model, options.max_context, options.kv, chunk)
-        forward = footprint.forward_shape(
-            self.model, self.config, self.blocks, context=options.max_context, largest_kv_layer=largest
-        )
+        context, chunk = options.max_context, options.prefill_step_size
+        kv, forward = footprint.estimate(self.model, self.config, self.blocks, options.kv, context=context, chunk=chunk)
         return plan_memory(
             self.layer_shapes,
             forward,
@@ -127,8 +124,8 @@ class OpenedModel:
             host_buffers=host_buffers,
             budget=budget,
             slots=options.slots,
-            prefill_step_size=options.prefill_step_size,
-            max_chunk=min(options.max_context, options.max_prompt or options.max_context),
+            prefill_step_size=chunk,
+            max_chunk=min(context, options.max_prompt or context),
         )
 
     def load(self, memory: MemoryOptions, cache: CacheOptions) -> nn.Module:
@@ -166,7 +163,7 @@ class OpenedModel:
                 for b, extents, slots in zip(self.blocks, self.extents, plan.slots_per_layer, strict=True)
             ]
             expert_cache = ExpertCache(layers, reader, strategy)
-            expert_cache.plan_slots = self._slot_planner(plan, reader)
+            expert_cache.plan_slots = self._slot_planner(plan)
             for block, layer in zip(self.blocks, layers, strict=True):
                 block.attach(expert_cache, layer)
         except BaseException:
@@ -194,25 +191,23 @@ class OpenedModel:
                 "use --exact (routing='original') to stream this model without the bias"
             )
 
-    def _slot_planner(self, plan: MemoryPlan, reader: ExpertReader) -> Callable[[str | int], list[int]]:
+    def _slot_planner(self, first: MemoryPlan) -> Callable[[str | int], list[int]]:
         shapes = self.layer_shapes
 
         def slots(memory: str | int) -> list[int]:
-            budget = parse_memory(
-                memory, physical=system.physical_memory(), recommended=system.recommended_working_set()
+            plan = plan_memory(
+                shapes,
+                first.forward,
+                resident=first.resident,
+                kv=first.kv,
+                host_buffers=first.host_buffers,
+                budget=parse_memory(
+                    memory, physical=system.physical_memory(), recommended=system.recommended_working_set()
+                ),
+                prefill_step_size=first.prefill_step_size,
             )
-            fixed = ForwardShape(0, 0, plan.transient)
-            return list(
-                plan_memory(
-                    shapes,
-                    fixed,
-                    resident=plan.resident,
-                    kv=plan.kv,
-                    host_buffers=reader.host_buffer_bytes,
-                    budget=budget,
-                    prefill_step_size=plan.prefill_step_size,
-                ).slots_per_layer
-            )
+            self.model.memory_plan = plan
+            return list(plan.slots_per_layer)
 
         return slots
 

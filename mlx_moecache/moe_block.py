@@ -26,7 +26,7 @@ from .stats import PhaseStats
 
 NO_SEAM = "its router does not select with argpartition"
 PROBE_ROWS = 32  # tokens of the load-time self-test
-WAVE_ROWS = 2048  # (token, expert) pairs that are computed at once in prefill: bounds memory, still large for a kernel
+WAVE_ROWS = 1024  # (token, expert) pairs that are computed at once in prefill: bounds memory, enough for a kernel
 Switch = Callable[[mx.array, mx.array], mx.array]
 
 

@@ -55,7 +55,7 @@ class SelectionSeam:
 
     def take(self) -> Observation | None:
         """The observation of the last router call, once."""
-        observation, self._observation = self._observation, None
+        observation, self._observation, self._logits = self._observation, None, None  # a chunk's scores are not small
         return observation
 
     # ---- the calls that the stand-in redirects ----

@@ -15,7 +15,7 @@ import mlx.core as mx
 from .checkpoint import ComponentSpec
 from .errors import UnsupportedModelError
 
-MAX_UNFENCED = 16  # outputs kept before they are evaluated; at decode one is a few kilobytes
+MAX_UNFENCED = 4  # outputs kept alive per pool before they are evaluated
 MAX_ELEMENTS = 2**31 - 1  # MLX shapes are int32
 
 
@@ -49,8 +49,9 @@ class SlotPool:
     def track(self, output: mx.array) -> None:
         """Remember a lazy `output` that reads the slots, until the next fence."""
         self._unfenced.append(output)
-        if len(self._unfenced) > MAX_UNFENCED:
-            self.fence()
+        if len(self._unfenced) > MAX_UNFENCED:  # in a generation loop all but the new one are evaluated already
+            mx.eval(*self._unfenced[:-1])
+            del self._unfenced[:-1]
 
     def fence(self) -> None:
         """Evaluate every output that may still read a slot. Call before writing."""

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-RUSAGE_INFO_V2 = 2  # <libproc.h>; ri_phys_footprint is the 8th uint64 after a 16-byte uuid
-BUFFER_CACHE = (
-    512 * 2**20
-)  # bytes of freed buffers that MLX may keep on Metal; its own default is all of memory
+RUSAGE_INFO_V2 = 2  # <sys/resource.h>; in its struct ri_phys_footprint is the 8th uint64 after a 16-byte uuid
+CACHE_SHARE = 1 / 16  # of RAM: freed buffers that MLX may keep on Metal; its own limit is nearly all memory
 
 
-def physical_memory() -> int:
-    """Bytes of RAM."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def physical_memory(root: Path = Path("/")) -> int:
+    """Bytes of RAM, or of this process's control group if that is allowed less (Linux). root: of the file system."""
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([ram, *_cgroup_limits(root)])
 
 
 def recommended_working_set() -> int | None:
@@ -50,6 +49,24 @@ def process_footprint() -> int | None:
     return None
 
 
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    """memory.max of the control group of this process and of those above it (version 2; nothing elsewhere)."""
+    top = root / "sys/fs/cgroup"
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for path in (line.removeprefix("0::").lstrip("/") for line in groups if line.startswith("0::")):
+        for folder in (top / path, *(top / path).parents):
+            if not folder.is_relative_to(top):
+                break
+            try:
+                limit = int((folder / "memory.max").read_text())
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+            yield limit
+
+
 def _phys_footprint() -> int | None:
     buffer = (ctypes.c_uint64 * 64)()
     try:
@@ -63,7 +80,7 @@ def _phys_footprint() -> int | None:
 def limit_buffer_cache() -> None:
     """Keep MLX from hoarding freed buffers on Metal, where its default limit is nearly all memory."""
     if recommended_working_set() is not None:
-        mx.set_cache_limit(BUFFER_CACHE)
+        mx.set_cache_limit(int(CACHE_SHARE * physical_memory()))
 
 
 @contextmanager
@@ -79,3 +96,20 @@ def wired() -> Iterator[None]:
     finally:
         mx.synchronize()
         mx.set_wired_limit(before)
+
+
+@contextmanager
+def headroom(room: int | None) -> Iterator[None]:
+    """While inside, let MLX use `room` bytes more than now before it waits for running operations; None: no limit.
+
+    MLX makes arrays ahead of those that it computes, to keep the device busy. Above its memory limit it stops doing so
+    (and on Metal it gives cached buffers back), which is slower but needs less.
+    """
+    if room is None:
+        yield
+        return
+    before = mx.set_memory_limit(mx.get_active_memory() + room)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
