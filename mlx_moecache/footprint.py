@@ -26,6 +26,8 @@ ROUTER_ROWS = 6  # rows of 4 bytes per expert: logits, probabilities, the select
 PROJECTION_COPIES = 3  # a projection and its rotation (two halves times two products, joined), averaged over q, k, v, o
 NORM_ROWS = 4  # normalised input, normalised output, what the attention returns, the new residual
 HELD_ROWS = 4  # local variables of the model's layers: residual, attention output, their sum, its norm
+SSM_ARRAYS = 6  # [heads, 256, 256] float32 arrays of a state-space layer, which works through a chunk in such steps
+SSM_STEP = 256
 FUSED_HEADS = (64, 80, 128)  # head sizes for which Metal never makes the scores of a chunk
 
 
@@ -59,20 +61,22 @@ def kv_cache_bytes(model: nn.Module, tokens: int, options: KVOptions, chunk: int
     """The most bytes that the KV cache for `tokens` tokens ever has, and those of its largest layer.
 
     Lazy forward passes are built and thrown away: their caches have the right shapes without being computed. All whole
-    chunks but the last are one pass, as the buffers end up the same; the last one is apart because a cache with a
-    sliding window keeps a whole chunk until the next one comes.
+    chunks but the last are one pass, as growing buffers end up the same; what a sliding window keeps of such a pass is
+    more than it ever has, so that pass does not count, and the last whole chunk is apart.
     """
     if chunk < tokens and chunk % KV_STEP and KV_STEP % chunk:
         chunk = _round_up(chunk, KV_STEP)
         tokens += KV_STEP - 1  # such chunks end inside of a buffer, which then grows from there
     whole = tokens // chunk * chunk
-    lengths = [whole - chunk, chunk, tokens - whole] if whole else [tokens]
+    lengths = [max(0, whole - chunk), min(chunk, tokens), tokens - whole if whole else 0]
     if options.bits is not None:
         first = min(_round_up(max(options.quantized_start, 1), chunk), tokens)  # the most that is there unquantised
-        lengths = [first, tokens - first]
+        lengths = [0, first, tokens - first]
     cache = make_prompt_cache(model, max_kv_size=options.max_size)
+    if lengths[0]:
+        model(mx.zeros((1, lengths[0]), dtype=mx.int32), cache=cache)
     most = largest = 0
-    for n in lengths:
+    for n in lengths[1:]:
         if n:
             model(mx.zeros((1, n), dtype=mx.int32), cache=cache)
             before = [int(c.nbytes) for c in cache]
@@ -149,7 +153,8 @@ def forward_shape(
     heads = int(text.get("num_attention_heads") or text.get("n_heads") or text.get("num_heads") or 1)
     vocabulary = int(text.get("vocab_size") or 0)
     widths = [_widths(layer, blocks) for layer in model.layers]
-    attention = max((outside for outside, inside in widths if inside is not None), default=max(widths)[0])
+    attention = max((outside for outside, inside in widths if inside is not None), default=0)
+    attention = attention or max((outside for outside, _ in widths), default=0)  # experts in layers of their own
     dense = max((outside if inside is None else inside for outside, inside in widths), default=0)
     names = {name for layer in model.layers for _, module in layer.named_modules() for name in module}
     query_norms = int(any("q_norm" in n or "query_layernorm" in n for n in names))  # queries and keys, once more
@@ -161,7 +166,8 @@ def forward_shape(
 
     # Expert outputs times their weights may be float32 whatever the model computes in.
     combine = size * (norms + dense) + widest(lambda b: b.k * b.output_dims) * (size + 4)
-    attended = context * (scores + 1)  # and one byte of the causal mask
+    state_heads = int(text.get("mamba_num_heads") or text.get("mamba_n_heads") or 0)
+    attended = max(context * (scores + 1), 4 * SSM_ARRAYS * SSM_STEP * state_heads)  # 1: a byte of the causal mask
     held = size * HELD_ROWS * D + 4 * ROUTER_ROWS * widest(lambda b: b.num_experts) + kv_growth_per_token
     shape = ForwardShape(
         held=held,

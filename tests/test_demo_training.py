@@ -585,9 +585,9 @@ def test_a_damaged_checkpoint_is_named(
 
 def test_learning_rate_warms_up_holds_and_decays_to_zero(trainer: Any) -> None:
     s = trainer.Settings(tokens=4096 * 1000, batch_tokens=4096, lr=2.0, adamw=False, seed=0)
-    assert (s.steps, s.decay_from) == (1000, 750)
-    assert s.rate(0) == pytest.approx(0.02) and s.rate(99) == s.rate(750) == 2.0
-    assert s.rate(875) == pytest.approx(1.0) and s.rate(999) == pytest.approx(2.0 / 250)
+    assert (s.steps, s.decay_from) == (1000, 550)
+    assert s.rate(0) == pytest.approx(0.02) and s.rate(99) == s.rate(550) == 2.0
+    assert s.rate(775) == pytest.approx(1.0) and s.rate(999) == pytest.approx(2.0 / 450)
 
 
 def test_muon_steps_are_orthogonal_and_scaled_like_adamw(trainer: Any) -> None:
