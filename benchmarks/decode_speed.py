@@ -40,7 +40,7 @@ TELLING = 0.1  # a wider interval decides nothing
 FASTEST = 0.1
 SKIPPED = 2  # first tokens of a reply that are not timed: the two sides start their look-ahead differently
 CONTROL = "control"
-PROMPT = "Once upon a time there was a little dog. He liked to play with his ball in the garden, and"
+PROMPT = "Once upon a time there was a little dog."
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from . import system
 from .budget import CHUNKS, SLACK, ForwardShape
 from .moe_block import WAVE_ROWS, MoeBlock
-from .slots import MAX_UNFENCED
 
 KV_STEP = 256  # tokens by which mlx-lm's KV caches grow
 SAMPLING_ROWS = 16  # rows of 4 bytes per vocabulary entry: logits, log-probabilities, and top-p, top-k, min-p sorting
@@ -185,7 +184,7 @@ def forward_shape(
     )
     # Two layers are in flight if nothing reads the host, and outputs are kept for the fence.
     layer = shape.transient(1, complete=True) - SLACK
-    kept = size * (MAX_UNFENCED + 1) * sum(b.k * b.output_dims for b in blocks)
+    kept = 2 * size * sum(b.k * b.output_dims for b in blocks)
     return replace(shape, decode=2 * layer + kept + 4 * SAMPLING_ROWS * vocabulary)
 
 

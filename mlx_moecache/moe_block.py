@@ -132,14 +132,19 @@ class MoeBlock:
         return y
 
     def _read_host(self, indices: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
-        """The layer's only host read: selected experts [T, K], their scores [T, K], number of swapped selections."""
+        """The layer's only host read: selected experts [T, K], their scores [T, K], number of swapped selections.
+
+        The same evaluation fences the slots: it completes the outputs of earlier calls, which costs nothing in a
+        generation loop, where the indices depend on them anyway.
+        """
         seen = self.seam.take() if self.seam is not None else None
+        earlier = self.layer.pool.take_unfenced()
         if seen is None:
-            mx.eval(indices)
+            mx.eval(indices, *earlier)
             return np.array(indices), None, 0
         scores = mx.take_along_axis(seen.scores, indices, axis=-1)
         lazy = [a for a in (indices, scores, seen.mean_range, seen.swapped) if a is not None]
-        mx.eval(*lazy)
+        mx.eval(*lazy, *earlier)
         return np.array(indices), np.array(scores), 0 if seen.swapped is None else int(np.array(seen.swapped))
 
     def _in_two_steps(self, x: mx.array, indices: mx.array) -> mx.array:

@@ -15,7 +15,6 @@ import mlx.core as mx
 from .checkpoint import ComponentSpec
 from .errors import UnsupportedModelError
 
-MAX_UNFENCED = 4  # outputs kept alive per pool before they are evaluated
 MAX_ELEMENTS = 2**31 - 1  # MLX shapes are int32
 
 
@@ -23,8 +22,8 @@ class SlotPool:
     """S slots for one expert each; every tensor of an expert (a component) has one array [S, *shape].
 
     The fence: a raw write is seen by operations that are still pending, so every output computed from the pool is
-    handed to `track`, and `fence` must be called before the first write of a call. It evaluates the outputs tracked
-    since the last fence, a no-op for those that are evaluated already.
+    handed to `track` and must be evaluated before the first write that follows. The layer's next host read evaluates
+    what `take_unfenced` gives it on the way; `fence` evaluates what is left, before any write.
     """
 
     def __init__(self, components: Sequence[ComponentSpec], slots: int) -> None:
@@ -47,11 +46,13 @@ class SlotPool:
         return self._views[component][slot * n : (slot + 1) * n]
 
     def track(self, output: mx.array) -> None:
-        """Remember a lazy `output` that reads the slots, until the next fence."""
+        """Remember a lazy `output` that reads the slots, until it is taken or fenced."""
         self._unfenced.append(output)
-        if len(self._unfenced) > MAX_UNFENCED:  # in a generation loop all but the new one are evaluated already
-            mx.eval(*self._unfenced[:-1])
-            del self._unfenced[:-1]
+
+    def take_unfenced(self) -> list[mx.array]:
+        """The outputs tracked since the last fence; the caller evaluates them at once."""
+        outputs, self._unfenced = self._unfenced, []
+        return outputs
 
     def fence(self) -> None:
         """Evaluate every output that may still read a slot. Call before writing."""

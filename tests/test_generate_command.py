@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx_lm.cache_prompt
 import mlx_lm.generate  # noqa: F401  # the module; the package binds the name to a function
 import pytest
@@ -94,6 +95,12 @@ def figures(done: Done) -> dict[str, Any]:
     assert done.err == "" and done.out.count("\n") == 1
     result: dict[str, Any] = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     return result
+
+
+def held_by_other_tests() -> int:
+    """Bytes that models of other test files keep in this process; they count in MLX's peak."""
+    gc.collect()
+    return mx.get_active_memory()
 
 
 # ---- the reply ----
@@ -193,6 +200,7 @@ def test_direct_io_counts_its_buffers_and_reports_what_it_used(command: Run) -> 
 
 
 def test_json_is_one_object_whose_figures_agree(command: Run) -> None:
+    held = held_by_other_tests()
     result = figures(command(*SMALL, "--json", "--strength", "0.9", "--top-j", "1", "--seed", "5"))
     text = command(*SMALL, "--strength", "0.9", "--top-j", "1", "--verbose", "F").out
     assert result["text"] == text.removesuffix("\n")
@@ -204,7 +212,8 @@ def test_json_is_one_object_whose_figures_agree(command: Run) -> None:
     memory = result["memory"]
     assert sum(memory.values()) == result["peak_memory_bytes"]
     assert memory["slots"] == result["plan"]["slots"] and memory["kv_cache"] == result["plan"]["kv_cache"]
-    assert result["peak_memory_bytes"] <= result["plan"]["total"] == sum(result["plan"][part] for part in (*memory,))
+    assert result["plan"]["total"] == sum(result["plan"][part] for part in (*memory,))
+    assert result["peak_memory_bytes"] - held <= result["plan"]["total"]
     per_expert = result["plan"]["slots"] // 120
     for phase, rows in (("prefill", result["prompt_tokens"]), ("decode", 7)):
         counts = result[phase]
@@ -325,9 +334,10 @@ def test_a_budget_that_is_too_small_names_the_smallest_and_that_one_works(
     line = refused("-p", STORY, "-m", "4", "--memory", "1MB")
     match = re.search(r"the smallest that works is ([\d.]+ [KMG]B) \(.*resident weights .*: 4 slots per layer\)", line)
     assert match, line
+    held = held_by_other_tests()
     result = figures(command("-p", STORY, "-m", "4", "--memory", match[1], "--json"))
     assert min(result["slots_per_layer"]) >= 4
-    assert result["peak_memory_bytes"] + result["memory"]["host_buffers"] <= result["budget"]
+    assert result["peak_memory_bytes"] - held + result["memory"]["host_buffers"] <= result["budget"]
     number, unit = match[1].split()
     assert "smallest that works" in refused("-p", STORY, "-m", "4", "--memory", f"{float(number) * 0.99}{unit}")
 

@@ -1,57 +1,219 @@
-"""The budget is a promise: measured peaks stay within the figure that was given, from loading to the last token."""
+"""The promise of --memory: what MLX has at its peak, and our host buffers, stay within the budget from start to end."""
 
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_lm.sample_utils import make_sampler
+from tiny_models import Shelf, random_tokens, tiny_config, write_checkpoint
 
+from mlx_moecache.budget import parse_memory
 from mlx_moecache.demo import demo_model
 from mlx_moecache.errors import BudgetError
+from mlx_moecache.footprint import KVOptions
 from mlx_moecache.generation import stream_generate
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 
+MB = 2**20
 PROMPT, REPLY = 600, 40  # tokens
+LOADING_SLACK = 64 * MB
 
 
-def opened() -> OpenedModel:
-    return OpenedModel(Path(demo_model()))
+@dataclass(frozen=True)
+class Run:
+    loading: int  # bytes at the peak until the model is loaded
+    peak: int  # bytes at the peak of everything, host buffers included
+    kept: int  # bytes of resident weights and slots
+    planned: int
+    slots: int  # of the first layer
+    chunk: int
+    tokens: list[int]
 
 
-def smallest_budget() -> int:
-    """The size that the refusal names, as a user would type it back."""
-    with pytest.raises(BudgetError) as refused:
-        opened().plan(MemoryOptions(memory=1000, max_context=PROMPT + REPLY, max_prompt=PROMPT))
-    size, unit = str(refused.value).split("the smallest that works is ")[1].split()[:2]
-    return int(float(size) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit])
+def parse(text: str) -> int:
+    return parse_memory(text, physical=2**34, recommended=None)
 
 
-@pytest.mark.parametrize("extra", [0, 2_000_000, 6_000_000, 40_000_000])
-@pytest.mark.parametrize("direct_io", [False, True])
-def test_generation_stays_within_the_budget(extra: int, direct_io: bool) -> None:
-    budget = smallest_budget() + extra + (8_000_000 if direct_io else 0)  # direct I/O reads through buffers of ours
-    model_file = opened()
-    tokenizer = model_file.tokenizer()
+def generate(
+    path: Path,
+    *,
+    memory: str | None = None,
+    slots: int | None = None,
+    prompt: int = PROMPT,
+    reply: int = REPLY,
+    step: int | None = None,
+    kv: KVOptions | None = None,
+    cache: CacheOptions | None = None,
+    vocabulary: int = 250,
+) -> Run:
+    """Load, then answer a random prompt with the most expensive sampling, and measure from before the first step."""
+    kv = kv or KVOptions()
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()  # models of other tests
+    mx.reset_peak_memory()
+    opened = OpenedModel(path)
+    tokenizer = opened.tokenizer()
+    options = MemoryOptions(
+        memory=memory, slots=slots, max_context=prompt + reply, max_prompt=prompt, prefill_step_size=step, kv=kv
+    )
+    model = opened.load(options, cache or CacheOptions())
+    loading = mx.get_peak_memory() - others
+    plan, experts = model.memory_plan, model.expert_cache
+
+    def no_end(tokens: mx.array, logits: mx.array) -> mx.array:
+        logits[:, list(tokenizer.eos_token_ids)] = -1e9
+        return logits
+
+    responses = stream_generate(
+        model,
+        tokenizer,
+        random_tokens(1, prompt, vocabulary=vocabulary)[0],
+        max_tokens=reply,
+        sampler=make_sampler(temp=0.8, top_p=0.9, top_k=40, min_p=0.01),
+        logits_processors=[no_end],
+        max_kv_size=kv.max_size,
+        kv_bits=kv.bits,
+        kv_group_size=kv.group_size,
+        quantized_kv_start=kv.quantized_start,
+    )
+    tokens = [r.token for r in responses]
+    peak = mx.get_peak_memory() - others + experts.reader.host_buffer_bytes
+    experts.close()
+    return Run(
+        loading,
+        peak,
+        plan.resident + experts.nbytes,
+        plan.total,
+        experts.slots_per_layer[0],
+        plan.prefill_step_size,
+        tokens,
+    )
+
+
+def smallest(path: Path, *, step: int | None = None, kv: KVOptions | None = None, direct: bool = False) -> str:
+    """The budget that the refusal names, as printed, after making sure that nothing was loaded for it."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = model_file.load(
-        MemoryOptions(memory=budget, max_context=PROMPT + REPLY, max_prompt=PROMPT), CacheOptions(direct_io=direct_io)
+    opened = OpenedModel(path)
+    options = MemoryOptions(
+        memory=1, max_context=PROMPT + REPLY, max_prompt=PROMPT, prefill_step_size=step, kv=kv or KVOptions()
     )
-    loaded = mx.get_peak_memory() - before
-    plan, cache = model.memory_plan, model.expert_cache
-    assert plan.total <= budget
-    assert loaded <= plan.resident + plan.slots + 64_000_000
-    ids = [3 + (i * 7919) % 4000 for i in range(PROMPT)]
-    tokens = sum(1 for _ in stream_generate(model, tokenizer, ids, max_tokens=REPLY))
-    assert tokens > 0
-    assert mx.get_peak_memory() - before + cache.reader.host_buffer_bytes <= budget
-    cache.close()
+    with pytest.raises(BudgetError) as error:
+        opened.load(options, CacheOptions(direct_io=direct))
+    assert mx.get_peak_memory() - before < 100_000
+    found = re.search(r"the smallest that works is ([\d.]+ [KMG]?B) \(", str(error.value))
+    assert found is not None
+    return found[1]
 
 
-def test_more_budget_means_more_slots_until_all_experts_are_resident() -> None:
-    sizes = [smallest_budget() + extra for extra in (0, 1_000_000, 4_000_000, 100_000_000)]
-    options = [MemoryOptions(memory=b, max_context=PROMPT + REPLY, max_prompt=PROMPT) for b in sizes]
-    slots = [opened().plan(o).slots_per_layer[0] for o in options]
-    assert slots == sorted(slots)
-    assert slots[0] < slots[2]
-    assert slots[-1] == 60
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 MB of experts, 2 MB of everything else."""
+    config = tiny_config(
+        "qwen2_moe",
+        vocab_size=1000,
+        hidden_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_experts=24,
+        moe_intermediate_size=112,
+        shared_expert_intermediate_size=192,
+    )
+    return write_checkpoint(tmp_path_factory.mktemp("made") / "model", config, tokenizer=True)
+
+
+def check(run: Run, memory: str) -> None:
+    assert run.peak <= parse(memory)
+    assert run.planned <= parse(memory)
+    assert run.loading <= run.kept + LOADING_SLACK
+    assert len(run.tokens) == REPLY
+
+
+class TestAMadeModel:
+    def test_the_smallest_budget_that_a_refusal_names_works_as_printed(self, made: Path) -> None:
+        memory = smallest(made)
+        run = generate(made, memory=memory)
+        check(run, memory)
+        assert run.slots == 4
+        assert run.peak >= 0.75 * parse(memory)  # the reserve is not padding
+
+    @pytest.mark.parametrize("more", [1.5, 5])
+    def test_larger_budgets_hold_too(self, made: Path, more: float) -> None:
+        memory = f"{int(more * parse(smallest(made)))}"
+        run = generate(made, memory=memory)
+        check(run, memory)
+        assert run.slots > 4
+        assert (run.slots == 24) == (more == 5)
+
+    @pytest.mark.parametrize("step", [100, 2048])
+    def test_a_given_chunk_is_planned_for(self, made: Path, step: int) -> None:
+        memory = smallest(made, step=step)
+        run = generate(made, memory=memory, step=step)
+        check(run, memory)
+        assert run.chunk == min(step, PROMPT)
+
+    def test_bounce_buffers_of_direct_reads_are_in_the_budget(self, made: Path) -> None:
+        memory = smallest(made, direct=True)
+        check(generate(made, memory=memory, cache=CacheOptions(direct_io=True)), memory)
+
+    @pytest.mark.parametrize(
+        "kv",
+        [
+            KVOptions(bits=8, group_size=32, quantized_start=0),
+            KVOptions(bits=4, group_size=32, quantized_start=500),
+            KVOptions(bits=8, group_size=32, quantized_start=PROMPT + 20),
+            KVOptions(max_size=128),
+        ],
+        ids=["quantised", "quantised in prefill", "quantised in the reply", "rotating"],
+    )
+    def test_other_kv_caches_are_planned_for(self, made: Path, kv: KVOptions) -> None:
+        memory = smallest(made, kv=kv)
+        check(generate(made, memory=memory, kv=kv), memory)
+
+    def test_loading_alone_takes_what_is_kept(self, made: Path) -> None:
+        run = generate(made, slots=12, prompt=8, reply=1)
+        assert run.kept <= run.loading <= run.kept + MB
+
+
+class TestOtherArchitectures:
+    @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "phimoe", "qwen3_moe", "olmoe", "gpt_oss"])
+    def test_the_smallest_budget_works(self, model_type: str, shelf: Shelf) -> None:
+        path = shelf.checkpoint(model_type)
+        memory = smallest(path)
+        check(generate(path, memory=memory), memory)
+
+
+class TestTheDemoModel:
+    @pytest.fixture
+    def demo(self) -> Iterator[Path]:
+        yield demo_model()
+
+    def test_the_smallest_budget_works(self, demo: Path) -> None:
+        memory = smallest(demo)
+        run = generate(demo, memory=memory, vocabulary=4096)
+        check(run, memory)
+        assert run.peak >= 0.75 * parse(memory)
+
+    def test_so_does_half_of_the_experts(self, demo: Path) -> None:
+        memory = f"{2 * parse(smallest(demo))}"
+        run = generate(demo, memory=memory, vocabulary=4096)
+        check(run, memory)
+        assert 4 < run.slots < 60
+
+
+def test_the_text_does_not_depend_on_the_budget(made: Path) -> None:
+    def reply(memory: str) -> Sequence[int]:
+        mx.random.seed(0)
+        return generate(made, memory=memory, prompt=50, reply=12, cache=CacheOptions(routing="original")).tokens
+
+    tight = smallest(made)
+    assert reply(tight) == reply("500MB")

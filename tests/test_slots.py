@@ -8,7 +8,7 @@ import pytest
 
 from mlx_moecache.checkpoint import ComponentSpec
 from mlx_moecache.errors import UnsupportedModelError
-from mlx_moecache.slots import MAX_ELEMENTS, MAX_UNFENCED, SlotPool
+from mlx_moecache.slots import MAX_ELEMENTS, SlotPool
 
 FLOATS = ComponentSpec("up_proj.weight", "float32", (2, 3))
 HALVES = ComponentSpec("up_proj.scales", "bfloat16", (5,))
@@ -65,13 +65,15 @@ class TestFence:
         fill(pool, 0, 1, 0x40)
         assert all((np.array(y) == i).all() for i, y in enumerate(outputs))
 
-    def test_what_is_kept_is_bounded(self) -> None:
+    def test_outputs_are_taken_once_and_all_of_them(self) -> None:
         pool = SlotPool([FLOATS], 2)
-        outputs = [pool.arrays[FLOATS.name] * 2 + i for i in range(3 * MAX_UNFENCED)]
+        outputs = [pool.arrays[FLOATS.name] * 2 + i for i in range(3)]
         for y in outputs:
             pool.track(y)
-        assert len(pool._unfenced) <= MAX_UNFENCED
-        pool.fence()
+        taken = pool.take_unfenced()
+        assert [a is b for a, b in zip(taken, outputs, strict=True)] == [True] * 3
+        assert pool.take_unfenced() == []
+        mx.eval(*taken)
         fill(pool, 0, 0, 0x40)
         assert all((np.array(y) == i).all() for i, y in enumerate(outputs))
 
