@@ -88,6 +88,7 @@ class ForwardShape:
     wave_pairs: int  # pairs that are computed at once, at most
     experts: int  # intermediates of all pairs of a token, computed at once because all experts are resident
     decode: int  # bytes that a decode step needs, sampling included
+    decode_ahead: int  # bytes of the next layer, which is under way already if no layer reads the host
     array: int  # the largest single array
 
     def transient(self, chunk: int, *, complete: bool) -> int:
@@ -98,7 +99,8 @@ class ForwardShape:
         if complete:
             lazy = min(chunk, self.wave_pairs // self.k)  # such chunks are one graph: stages overlap
             peak = max(peak, chunk * self.experts, lazy * (self.attention + self.experts) + self.attention_fixed)
-        return SLACK + max(self.decode, chunk * self.held + peak)
+        decode = self.decode + (self.decode_ahead if complete else 0)
+        return SLACK + max(decode, chunk * self.held + peak)
 
 
 @dataclass(frozen=True)

@@ -180,12 +180,12 @@ def forward_shape(
         wave_pairs=WAVE_ROWS,
         experts=size * widest(lambda b: b.k * (D + 2 * b.inner_dims + 2 * b.output_dims)),
         decode=0,
+        decode_ahead=0,
         array=max(context * scores, size * widest(lambda b: b.k * max(D, b.inner_dims, b.output_dims))),
     )
-    # Two layers are in flight if nothing reads the host, and outputs are kept for the fence.
     layer = shape.transient(1, complete=True) - SLACK
-    kept = 2 * size * sum(b.k * b.output_dims for b in blocks)
-    return replace(shape, decode=2 * layer + kept + 4 * SAMPLING_ROWS * vocabulary)
+    kept = 2 * size * sum(b.k * b.output_dims for b in blocks)  # until the layer's next host read
+    return replace(shape, decode=layer + kept + 4 * SAMPLING_ROWS * vocabulary, decode_ahead=layer)
 
 
 def _round_up(n: int, step: int) -> int:

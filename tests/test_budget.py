@@ -137,6 +137,7 @@ FORWARD = ForwardShape(
     wave_pairs=1024,
     experts=15_000,
     decode=400_000,
+    decode_ahead=50_000,
     array=12_000,
 )
 MB = 10**6
@@ -158,6 +159,7 @@ forward_shapes = st.builds(
     wave_pairs=st.integers(8, 4096),
     experts=st.integers(0, 200_000),
     decode=st.integers(0, 10 * MB),
+    decode_ahead=st.integers(0, MB),
     array=st.integers(0, 50_000),
 )
 prefill_step_sizes = st.none() | st.integers(1, 4096)

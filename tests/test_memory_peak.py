@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from tiny_models import Shelf, random_tokens, tiny_config, write_checkpoint
 
+from mlx_moecache import system
 from mlx_moecache.budget import parse_memory
 from mlx_moecache.demo import demo_model
 from mlx_moecache.errors import BudgetError
@@ -217,3 +220,44 @@ def test_the_text_does_not_depend_on_the_budget(made: Path) -> None:
 
     tight = smallest(made)
     assert reply(tight) == reply("500MB")
+
+
+class TestTheLimitThatMLXIsGiven:
+    @pytest.fixture
+    def rooms(self, monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+        """What each reply set as the room beside weights and slots."""
+        seen: list[int | None] = []
+
+        @contextmanager
+        def record(room: int | None) -> Iterator[None]:
+            seen.append(room)
+            yield
+
+        monkeypatch.setattr(system, "headroom", record)
+        return seen
+
+    def test_a_budget_limits_and_follows_a_resize(self, made: Path, rooms: list[int | None]) -> None:
+        opened = OpenedModel(made)
+        tokenizer = opened.tokenizer()
+        model = opened.load(MemoryOptions(memory="12MB", max_context=100), CacheOptions())
+        cache = make_prompt_cache(model)
+
+        def reply() -> int | None:
+            for _ in stream_generate(model, tokenizer, [1, 2, 3], max_tokens=2, prompt_cache=cache):
+                pass
+            return rooms[-1]
+
+        empty, room = reply(), model.memory_plan.room
+        assert empty == room > 0
+        filled = sum(c.nbytes for c in cache)
+        assert reply() == room - filled  # the cache counts as used
+        model.expert_cache.resize(memory="14MB")
+        assert model.memory_plan.budget == 14_000_000
+        assert reply() == model.memory_plan.room - filled
+        model.expert_cache.resize(slots=5)
+        assert reply() is None  # by slots: whatever it takes
+        model.expert_cache.close()
+
+    def test_slots_do_not(self, made: Path, rooms: list[int | None]) -> None:
+        generate(made, slots=6, prompt=4, reply=2)
+        assert rooms == [None]
