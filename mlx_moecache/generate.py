@@ -121,6 +121,7 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
     from mlx_lm.models.cache import make_prompt_cache
 
     from . import options, system
+    from .footprint import KV_STEP
     from .hub import resolve_model
     from .kv_file import read_saved_prompt
     from .loading import MemoryOptions, OpenedModel
@@ -158,7 +159,8 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
         MemoryOptions(
             memory=args.memory,
             slots=args.slots,
-            max_context=cached + len(tokens) + reply_tokens,
+            # A saved cache ends inside of a buffer, and the buffers grow from there: up to one step more.
+            max_context=cached + len(tokens) + reply_tokens + (KV_STEP - 1 if cached else 0),
             max_prompt=len(tokens),
             prefill_step_size=args.prefill_step_size,
             kv=kv,

@@ -63,8 +63,8 @@ class SlotPool:
     def resize(self, slots: int, moves: Mapping[int, int]) -> None:
         """Change to `slots` slots; `moves` says which old slot's bytes go to which new slot, the others are dropped.
 
-        One component is moved at a time, so that at most its new array exists beside the old ones. Pending operations
-        keep the old arrays, which are not written again.
+        While moving, at most this layer's old slots exist beside the new ones. Pending operations keep the old arrays,
+        which are not written again.
         """
         for i, c in enumerate(self.components):
             array, view = _allocate(c, slots)

@@ -320,13 +320,15 @@ def test_ctrl_c_leaves_the_call_only_when_every_thread_is_idle(
 def test_ctrl_c_is_not_hidden_by_an_io_error_of_the_same_call(
     shards: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = threading.main_thread()
+    main, reading = threading.main_thread(), threading.Event()
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def failing(real: Preadv) -> Preadv:
         def preadv(descriptor: int, views: Sequence[memoryview], offset: int) -> int:
             if threading.current_thread() is main:
+                reading.set()
                 time.sleep(5)  # ended by the interrupt, which comes after the failure
+            assert reading.wait(5)  # a helper that failed earlier would end the call without the main thread
             threading.Timer(0.1, signal.pthread_kill, (main.ident, signal.SIGINT)).start()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
