@@ -111,9 +111,7 @@ class OpenedModel:
         memory: str | int = "auto" if options.memory is None else options.memory
         budget = None
         if options.slots is None:
-            budget = parse_memory(
-                memory, physical=system.physical_memory(), recommended=system.recommended_working_set()
-            )
+            budget = budget_here(memory)
         context, chunk = options.max_context, options.prefill_step_size
         kv, forward = footprint.estimate(self.model, self.config, self.blocks, options.kv, context=context, chunk=chunk)
         return plan_memory(
@@ -201,9 +199,7 @@ class OpenedModel:
                 resident=first.resident,
                 kv=first.kv,
                 host_buffers=first.host_buffers,
-                budget=parse_memory(
-                    memory, physical=system.physical_memory(), recommended=system.recommended_working_set()
-                ),
+                budget=budget_here(memory),
                 prefill_step_size=first.prefill_step_size,
             )
             self.model.memory_plan = plan
@@ -248,6 +244,11 @@ def load(
         CacheOptions(routing=routing, strength=strength, top_j=top_j, eviction=eviction, direct_io=direct_io),
     )
     return model, tokenizer
+
+
+def budget_here(memory: str | int) -> int:
+    """Bytes that `memory` means on this machine (see parse_memory). Raises UsageError if it is not a size."""
+    return parse_memory(memory, physical=system.physical_memory(), recommended=system.recommended_working_set())
 
 
 def _build_lazily(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:

@@ -9,19 +9,17 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import system
-from .budget import parse_memory
 from .errors import UsageError
 from .footprint import KVOptions, kv_cache_bytes
 from .generation import Sampler
-from .loading import CacheOptions
+from .loading import CacheOptions, budget_here
 from .routing import parse_routing
 
 
 def check_before_download(args: argparse.Namespace) -> None:
     """Refuse a budget or a routing that no model could work with. Raises UsageError."""
     if args.memory is not None:
-        parse_memory(args.memory, physical=system.physical_memory(), recommended=system.recommended_working_set())
+        budget_here(args.memory)
     cache = cache_options(args)
     # The model's k, which limits J, is not known yet: any will do here.
     parse_routing(cache.routing, strength=cache.strength, top_j=cache.top_j, k=2**31, slots=1, experts=1)
