@@ -28,8 +28,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlx_moecache.checkpoint import CheckpointIndex, ComponentSpec, LayerExtents, locate_experts, read_index
+from mlx_moecache.checkpoint import CheckpointIndex, read_index
 from mlx_moecache.direct_io import open_shards
+from mlx_moecache.expert_layout import ComponentSpec, LayerExtents, locate_experts
 from mlx_moecache.reader import ExpertReader, ReadRequest
 from mlx_moecache.slots import SlotPool
 

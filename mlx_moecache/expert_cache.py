@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from .checkpoint import ComponentSpec, LayerExtents
 from .errors import BudgetError, ReadError, UsageError
+from .expert_layout import ComponentSpec, LayerExtents
 from .reader import ExpertReader, ReadRequest
 from .residents import Load, Residents
 from .routing import Original, RunningRange, Strategy

@@ -19,9 +19,10 @@ from mlx_lm.utils import load_tokenizer
 
 from . import footprint, system
 from .budget import LayerShape, MemoryPlan, parse_memory, plan_memory
-from .checkpoint import LayerExtents, locate_experts, read_index
+from .checkpoint import read_index
 from .errors import CheckpointError, MoeCacheError, UnsupportedModelError, UsageError
 from .expert_cache import ExpertCache, LayerExperts
+from .expert_layout import LayerExtents, locate_experts
 from .footprint import KVOptions
 from .hub import resolve_model
 from .moe_block import NO_SEAM, MoeBlock, find_blocks

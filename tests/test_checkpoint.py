@@ -1,4 +1,4 @@
-"""checkpoint.py: byte ranges of tensors and experts, and one clear error for each way a file can be wrong."""
+"""Byte ranges of tensors and experts, and one clear error for each way a file can be wrong."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from mlx_moecache.checkpoint import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
     CheckpointIndex,
-    ComponentSpec,
     TensorRecord,
-    locate_experts,
     read_index,
 )
 from mlx_moecache.errors import CheckpointError, UnsupportedModelError
+from mlx_moecache.expert_layout import ComponentSpec, locate_experts
 
 Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors dtype, shape, data
 
