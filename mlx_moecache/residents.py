@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from .errors import UsageError
 from .eviction import make_policy, victims
 
 
@@ -125,11 +126,27 @@ class Residents:
         self._policy.remove(expert)
         self.version += 1
 
-    def touch(self, uses: Sequence[tuple[int, int]]) -> None:
-        """Record selections: (expert, count) ordered by last use. Experts that are no longer resident are skipped."""
+    def touch(self, uses: Sequence[tuple[int, int]], tokens: int = 1) -> None:
+        """Record what `tokens` more tokens selected: (expert, count) ordered by last use, resident or not.
+
+        0 tokens: further selections of the tokens of the last call.
+        """
+        self._policy.advance(tokens)
         for expert, count in uses:
-            if expert in self._slot_of:
-                self._policy.touch(expert, count)
+            self._policy.touch(expert, count)
+
+    def seed(self, experts: Sequence[int]) -> None:
+        """Make `experts`, the first to be evicted first, the only residents, without history. Their bytes are not read.
+
+        Raises UsageError if they are not distinct experts of this layer, or more than there are slots.
+        """
+        if len(set(experts)) != len(experts) or not all(0 <= e < self.num_experts for e in experts):
+            raise UsageError(f"initial residents must be distinct numbers from 0 to {self.num_experts - 1}")
+        if len(experts) > self.capacity:
+            raise UsageError(f"{len(experts)} initial residents are too many for {self.capacity} slots")
+        self.clear()
+        for e in experts:
+            self.publish(self.plan([e]))
 
     def clear(self) -> None:
         """Forget all residents and their history."""
@@ -144,16 +161,16 @@ class Residents:
         Returns old slot -> new slot of the experts kept. A layer that can hold all experts puts expert e into slot e,
         so that expert numbers are slot numbers.
         """
-        order = self.eviction_order()[-capacity:]
+        order = self.eviction_order()
         whole = capacity == self.num_experts
         moves, slot_of = {}, {}
-        policy = make_policy(self.eviction)
-        for i, expert in enumerate(order):
+        for expert in order[:-capacity]:
+            self._policy.remove(expert)
+        for i, expert in enumerate(order[-capacity:]):
             slot_of[expert] = expert if whole else i
             moves[self._slot_of[expert]] = slot_of[expert]
-            policy.insert(expert)
         used = set(slot_of.values())
-        self.capacity, self._slot_of, self._policy = capacity, slot_of, policy
+        self.capacity, self._slot_of = capacity, slot_of
         self._free = [s for s in range(capacity - 1, -1, -1) if s not in used]
         self.version += 1
         return moves

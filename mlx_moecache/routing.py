@@ -1,91 +1,60 @@
-"""Routing strategies: how residency changes which experts are selected. Symbols are those of arXiv 2412.00099.
+"""How users name a routing strategy, and what its parameters are for a given model and number of slots.
 
-A strategy turns the router's scores into scores that are used for *ranking only*; the mixing weights are always formed
-by the model's own code from its own, unbiased scores. Symbols: z router logits (or the quantity by which the model
-ranks its experts) [.., E] in float32, k experts per token, m mask of favoured experts, lambda the strength, J the
-number of protected top experts, Delta_t = max(z) - min(z) the range of token t, D the running mean of the ranges.
+A spec is a name, alone or with parameters: "cache-prior", "cache-prior:strength=0.05,j=1". What the strategies do is in
+strategies.py; its names are available here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import mlx.core as mx
+from typing import Any
 
 from .errors import UsageError
+from .strategies import (
+    KEYS,
+    WHOLE,
+    BoundedRegret,
+    CachePrior,
+    CumulativeThreshold,
+    MassBudget,
+    MaxRank,
+    Original,
+    Price,
+    Pruning,
+    RunningRange,
+    Strategy,
+    probabilities,
+)
+
+__all__ = [
+    "NAMES",
+    "BoundedRegret",
+    "CachePrior",
+    "CumulativeThreshold",
+    "MassBudget",
+    "MaxRank",
+    "Original",
+    "Price",
+    "Pruning",
+    "RunningRange",
+    "Strategy",
+    "default_strength",
+    "default_top_j",
+    "parse_routing",
+    "probabilities",
+]
 
 DEFAULT_STRENGTH = 0.1
+Values = dict[str, float]  # parameters by the names that users type
 
-
-@dataclass(frozen=True)
-class Original:
-    """The router's own top-k."""
-
-    @property
-    def name(self) -> str:
-        return "original"
-
-
-@dataclass(frozen=True)
-class CachePrior:
-    """Cache-Prior (section 3.3, Eq. 9-10): resident experts get a bonus of lambda times the mean range."""
-
-    strength: float = DEFAULT_STRENGTH  # lambda, 0 to 1 in the paper; 0 changes nothing
-    top_j: int = 2  # J, experts that are selected whatever is resident
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength < float("inf"):
-            raise UsageError(
-                f"strength must be a finite number of at least 0, not {self.strength} (usual: 0.05 to 0.2)"
-            )
-        if self.top_j < 0:
-            raise UsageError(f"top-j must be at least 0, not {self.top_j} (usual: 1 or 2)")
-
-    @property
-    def name(self) -> str:
-        return "cache-prior"
-
-    def rank(self, z: mx.array, resident: mx.array, mean_range: mx.array) -> mx.array:
-        """z' = z + lambda * D * m, with m = 1 for resident experts and for the J best of z.
-
-        The J best keep their lead: an expert outside has a smaller z and gets at most the same bonus.
-
-        z: [.., E] float32. resident: [E] float32, 1 for resident experts. mean_range: scalar D. Returns [.., E].
-        """
-        m = mx.broadcast_to(resident, z.shape)
-        if 0 < self.top_j < z.shape[-1]:
-            best = mx.argpartition(-z, kth=self.top_j - 1, axis=-1)[..., : self.top_j]
-            m = mx.put_along_axis(m, best, mx.array(1.0), axis=-1)
-        return z + self.strength * mean_range * m
-
-
-Strategy = Original | CachePrior
-
-
-class RunningRange:
-    """D of one layer: the mean of the ranges of all tokens seen so far, the current one included."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.total = mx.array(0.0)
-        self.tokens = 0
-
-    def observe(self, z: mx.array, dropped: mx.array | None = None) -> mx.array:
-        """Add the tokens of z [T, E] and return D (a lazy scalar). `dropped` marks experts that were ruled out."""
-        high = low = z
-        if dropped is not None:
-            high, low = mx.where(dropped, -mx.inf, z), mx.where(dropped, mx.inf, z)
-        self.total = self.total + (high.max(axis=-1) - low.min(axis=-1)).sum()
-        self.tokens += z.shape[0]
-        return self.total / self.tokens
+STRATEGIES: dict[str, type[Strategy]] = {
+    x.name: x for x in (CachePrior, Price, MassBudget, BoundedRegret, MaxRank, CumulativeThreshold, Pruning, Original)
+}
+NAMES = tuple(STRATEGIES)
 
 
 def default_top_j(k: int) -> int:
-    """J of the paper's experiments: 2 for fine-grained models (k >= 4), 1 below."""
-    return 2 if k >= 4 else 1
+    """J of the paper's experiments: 2 for fine-grained models (k >= 4), 1 below, 0 if k = 1: else no bias acts."""
+    return 2 if k >= 4 else min(1, k - 1)
 
 
 def default_strength(slots: int, experts: int) -> float:
@@ -98,8 +67,9 @@ def parse_routing(
 ) -> Strategy:
     """The strategy that `routing` names: a name, a spec such as "cache-prior:strength=0.05,j=1", or a strategy.
 
-    `strength` and `top_j` (None: the default for this model and number of slots) apply to names without a spec.
-    Raises UsageError for unknown names, unknown or malformed parameters and values out of range.
+    `strength` and `top_j` (None: the default for this model and number of slots) apply to names without a spec, and
+    only to strategies that have such a parameter. Raises UsageError for unknown names, unknown or malformed parameters
+    and values out of range.
     """
     if not isinstance(routing, str):
         if strength is not None or top_j is not None:
@@ -107,41 +77,76 @@ def parse_routing(
         strategy: Strategy = routing
     else:
         name, _, rest = routing.partition(":")
-        values = _parse_spec(name, rest)
-        if name not in NAMES:
+        if name not in STRATEGIES:
             raise UsageError(f"unknown routing {name!r} (choose {', '.join(NAMES)})")
-        if name == "original":
-            # Strength 0 is original routing by definition, so it may be said twice.
-            if values or strength or top_j is not None:
-                raise UsageError("original (exact) routing takes no strength and no top-j; leave them out")
-            return Original()
-        strategy = CachePrior(
-            strength=_pick("strength", values, strength, default_strength(slots, experts)),
-            top_j=int(_pick("j", values, top_j, default_top_j(k))),
-        )
-    if isinstance(strategy, CachePrior) and strategy.top_j > k:
-        raise UsageError(f"top-j must be at most the model's {k} experts per token, not {strategy.top_j}")
+        strategy = _build(name, rest, strength, top_j, _defaults(name, k, slots, experts))
+    _check_against_model(strategy, k)
     return strategy
 
 
-NAMES = ("cache-prior", "original")
-_PARAMETERS: dict[str, Callable[[str], float]] = {"strength": float, "j": int}
+def _build(name: str, rest: str, strength: float | None, top_j: int | None, defaults: Values) -> Strategy:
+    values = _parse_spec(name, rest, defaults)
+    # Strength 0 is original routing by definition, so it may be said twice.
+    if name == "original" and (strength or top_j is not None):
+        raise UsageError("original (exact) routing takes no strength and no top-j; leave them out")
+    for key, flag, option in (("strength", "strength", strength), ("j", "top-j", top_j)):
+        if option is None or name == "original":
+            continue
+        if key not in defaults:
+            raise UsageError(f"{name} routing takes no {flag}; write for example {_example(name, defaults)}")
+        if key in values:
+            raise UsageError(f"{key} is given twice: in the routing spec and as an option")
+        values[key] = option
+    fields = {key: field for field, key in KEYS.items()}
+    arguments: dict[str, Any] = {fields[key]: value for key, value in (defaults | values).items()}
+    return STRATEGIES[name](**arguments)
 
 
-def _parse_spec(name: str, rest: str) -> dict[str, float]:
-    values: dict[str, float] = {}
+def _defaults(name: str, k: int, slots: int, experts: int) -> Values:
+    """Every parameter of the strategy `name` and its default."""
+    j = default_top_j(k)
+    defaults: dict[str, Values] = {
+        "cache-prior": {"strength": default_strength(slots, experts), "j": j},
+        "price": {"delta": 0.02, "j": min(j, 1)},
+        "mass-budget": {"delta": 0.02, "j": j},
+        "bounded-regret": {"swaps": 2, "epsilon": 0.02},
+        "max-rank": {"j": j, "m": 2 * k},
+        "cumsum": {"j": j, "p": 0.5},
+        "pruning": {"k": max(1, k - 1)},
+        "original": {},
+    }
+    return defaults[name]
+
+
+def _parse_spec(name: str, rest: str, known: Values) -> Values:
+    values: Values = {}
     for part in rest.split(",") if rest else []:
         key, _, text = part.partition("=")
-        if key not in _PARAMETERS:
-            raise UsageError(f"unknown parameter {key!r} of routing {name!r} (allowed: {', '.join(_PARAMETERS)})")
+        if key not in known:
+            allowed = f"allowed: {', '.join(known)}" if known else "it takes none"
+            raise UsageError(f"unknown parameter {key!r} of routing {name!r} ({allowed})")
+        if key in values:
+            raise UsageError(f"{key} is given twice in routing {name!r}; leave one of them out")
+        whole = _is_whole(key)
         try:
-            values[key] = _PARAMETERS[key](text)
+            values[key] = int(text) if whole else float(text)
         except ValueError:
-            raise UsageError(f"routing parameter {key} needs a number, not {text!r}") from None
+            kind = "a whole number" if whole else "a number"
+            raise UsageError(f"routing parameter {key} needs {kind}, not {text!r}") from None
     return values
 
 
-def _pick(key: str, spec: dict[str, float], option: float | None, default: float) -> float:
-    if key in spec and option is not None:
-        raise UsageError(f"{key} is given twice: in the routing spec and as an option")
-    return spec.get(key, default if option is None else option)
+def _check_against_model(strategy: Strategy, k: int) -> None:
+    top_j = strategy.parameters.get("j", 0)
+    if top_j > k:
+        raise UsageError(f"top-j must be at most the model's {k} experts per token, not {top_j}")
+    if isinstance(strategy, Pruning) and strategy.experts > k:
+        raise UsageError(f"pruning must keep at most the model's {k} experts per token, not {strategy.experts}")
+
+
+def _is_whole(key: str) -> bool:
+    return any(KEYS[field] == key for field in WHOLE)
+
+
+def _example(name: str, values: Values) -> str:
+    return f"{name}:" + ",".join(f"{key}={value:.4g}" for key, value in values.items())

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from mlx_lm.models import phimoe
 
 Vector = npt.NDArray[np.float64]
 
@@ -57,7 +58,8 @@ def allowed_experts(z: Vector, config: Mapping[str, Any]) -> list[int]:
 def mixing_weights(model_type: str, z: Vector, chosen: Sequence[int], config: Mapping[str, Any]) -> Vector:
     """The weight of each of the `chosen` experts, in their order, from the router's unbiased logits z."""
     p = softmax(z)
-    if model_type in ("mixtral", "gpt_oss"):
+    plain_phimoe = model_type == "phimoe" and not hasattr(phimoe, "sparsemixer")  # mlx-lm before 0.32.1
+    if model_type in ("mixtral", "gpt_oss") or plain_phimoe:
         return softmax(z[list(chosen)])
     if model_type == "phimoe":
         return _sparsemixer(z, chosen, jitter=0.01)
@@ -80,3 +82,69 @@ def _sparsemixer(z: Vector, chosen: Sequence[int], jitter: float) -> Vector:
         ]
         weights.append(np.exp(z[expert]) / sum(np.exp(z[e]) for e in kept))
     return np.array(weights)
+
+
+def max_rank(z: Vector, k: int, resident: Collection[int], top_j: int, most: int) -> list[int]:
+    """Max-Rank, as its pseudocode says: the J best, then residents among the M best, then the rest."""
+    r = order(z)
+    head = r[:top_j]
+    promoted = [e for e in r[top_j:most] if e in resident]
+    return (head + promoted + [e for e in r if e not in head + promoted])[:k]
+
+
+def cumulative_threshold(
+    z: Vector, p: Vector, k: int, resident: Collection[int], top_j: int, threshold: float
+) -> list[int]:
+    """Max-Rank with the fewest best experts whose p sum up to at least the threshold."""
+    r = order(z)
+    m = next((m for m in range(len(r) + 1) if sum(p[e] for e in r[:m]) >= threshold), len(r))
+    return max_rank(z, k, resident, top_j, m)
+
+
+def mass_budget(
+    z: Vector,
+    p: Vector,
+    k: int,
+    resident: Collection[int],
+    mean_range: float,
+    strengths: Sequence[float],
+    delta: float,
+    top_j: int,
+    allowed: Sequence[int],
+) -> list[int]:
+    """Of the original and Cache-Prior at `strengths`: within the budget, fewest misses, least mass lost, weakest."""
+    own, _ = cache_prior(z, k, resident, mean_range, 0.0, top_j, allowed)
+    best = (sum(e not in resident for e in own), 0.0, 0.0, own)
+    for strength in strengths:
+        chosen, _ = cache_prior(z, k, resident, mean_range, strength, top_j, allowed)
+        lost = sum(p[e] for e in own) - sum(p[e] for e in chosen)
+        if lost <= delta:
+            best = min(best, (sum(e not in resident for e in chosen), lost, strength, chosen))
+    return best[3]
+
+
+def bounded_regret(
+    z: Vector, p: Vector, k: int, resident: Collection[int], swaps: int, epsilon: float, allowed: Sequence[int]
+) -> list[int]:
+    """Swap the pair of least regret, a missing pick for a resident outside, as often as that is allowed."""
+    chosen = order(z)[:k]
+    for _ in range(swaps):
+        pairs = [
+            (p[a] - p[b], a, b)
+            for a in chosen
+            for b in allowed
+            if a not in resident and b in resident and b not in chosen
+        ]
+        if not pairs or min(pairs)[0] > epsilon:
+            break
+        _, a, b = min(pairs)
+        chosen = [e for e in chosen if e != a] + [b]
+    return chosen
+
+
+def price(
+    z: Vector, p: Vector, k: int, resident: Collection[int], delta: float, top_j: int, allowed: Sequence[int]
+) -> list[int]:
+    """The k best by probability, of which residents and the J best of z have delta more."""
+    protected = order(z)[:top_j]
+    return sorted(allowed, key=lambda e: (-(p[e] + delta * (e in resident or e in protected)), e))[:k]

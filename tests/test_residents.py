@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_moecache.errors import UsageError
+from mlx_moecache.eviction import EVICTION
 from mlx_moecache.residents import Load, Residents
 
 EXPERTS, K = 10, 3
 tokens = st.lists(st.permutations(range(EXPERTS)).map(lambda p: p[:K]), min_size=1, max_size=40)
 capacities = st.integers(K, EXPERTS)
+policies = st.sampled_from(list(EVICTION))
 
 
 class Model:
@@ -104,7 +107,7 @@ class TestOneTokenAtATime:
         misses = [sum(m.use(needed) for needed in trace) for m in models]
         assert misses == sorted(misses, reverse=True)
 
-    @given(tokens, capacities, st.sampled_from(["lru", "lfu"]))
+    @given(tokens, capacities, policies)
     def test_a_plan_changes_nothing_and_evicts_nobody_it_needs(
         self, trace: list[list[int]], capacity: int, eviction: str
     ) -> None:
@@ -134,7 +137,7 @@ crowds = st.permutations(range(EXPERTS)).flatmap(
 
 
 class TestWaves:
-    @given(tokens, crowds, st.sampled_from(["lru", "lfu"]))
+    @given(tokens, crowds, policies)
     def test_each_expert_is_served_once_and_loaded_at_most_once(
         self, history: list[list[int]], crowd: tuple[int, list[int]], eviction: str
     ) -> None:
@@ -190,7 +193,7 @@ class TestWaves:
 
 
 class TestResize:
-    @given(tokens, st.lists(capacities, min_size=1, max_size=6), st.sampled_from(["lru", "lfu"]))
+    @given(tokens, st.lists(capacities, min_size=1, max_size=6), policies)
     def test_those_that_would_be_evicted_last_are_kept_with_their_order(
         self, trace: list[list[int]], sizes: list[int], eviction: str
     ) -> None:
@@ -238,7 +241,7 @@ class TestResize:
         assert model.residents.eviction_order() == [2, 3, 1]
 
 
-@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+@pytest.mark.parametrize("eviction", list(EVICTION))
 def test_a_dropped_expert_frees_its_slot(eviction: str) -> None:
     model = Model(3, eviction)
     model.use([1, 2, 3])
@@ -249,3 +252,74 @@ def test_a_dropped_expert_frees_its_slot(eviction: str) -> None:
     loads = model.residents.plan([5])
     assert loads == [Load(5, slot, None)]
     model.carry_out(loads)
+
+
+class TestInitialResidents:
+    @given(tokens, st.permutations(range(EXPERTS)), st.integers(0, EXPERTS), policies)
+    def test_are_exactly_those_given_whatever_was_there_before(
+        self, history: list[list[int]], experts: list[int], n: int, eviction: str
+    ) -> None:
+        model = Model(max(n, K), eviction)
+        for needed in history:
+            model.use(needed)
+        r, before = model.residents, model.residents.version
+        r.seed(experts[:n])
+        assert r.eviction_order() == experts[:n] and r.version > before
+        model.contents = {r.slot_of(e): e for e in r.experts}
+        model.check()
+        for needed in history:
+            model.use(needed)
+
+    def test_leave_no_history(self) -> None:
+        seeded, fresh = Residents(EXPERTS, 4, "decay"), Residents(EXPERTS, 4, "decay")
+        seeded.seed([1, 2])
+        seeded.touch([(1, 1), (1, 1)])
+        for r in (seeded, fresh):
+            r.seed([1, 2, 3])
+            r.touch([(3, 1), (2, 1)])
+        assert seeded.eviction_order() == fresh.eviction_order() == [1, 3, 2]
+
+    @pytest.mark.parametrize(
+        ("experts", "message"),
+        [
+            ([1, 1], "must be distinct numbers from 0 to 9"),
+            ([10], "must be distinct numbers from 0 to 9"),
+            ([-1], "must be distinct numbers from 0 to 9"),
+            ([1, 2, 3, 4], "4 initial residents are too many for 3 slots"),
+        ],
+    )
+    def test_that_cannot_be_are_refused_and_change_nothing(self, experts: list[int], message: str) -> None:
+        model = Model(3)
+        model.use([7, 8, 9])
+        with pytest.raises(UsageError, match=message):
+            model.residents.seed(experts)
+        model.check()
+
+
+class TestHistory:
+    def test_of_decayed_counts_survives_eviction_and_resize(self) -> None:
+        r = Residents(EXPERTS, 3, "decay")
+        for needed in ([0, 1, 2], [0, 1, 2], [0, 3, 4], [5, 3, 4]):
+            r.publish(r.plan(needed))
+            r.touch([(e, 1) for e in needed])
+        r.resize(4)
+        r.publish(r.plan([0]))
+        r.touch([])
+        assert r.eviction_order() == [5, 3, 4, 0]  # 0 was selected three times, and 5 once
+
+    def test_of_experts_that_passed_through_in_a_wave_counts_too(self) -> None:
+        r = Residents(EXPERTS, 3, "decay")
+        r.touch([(0, 5), (1, 1), (2, 1), (3, 1)], tokens=5)
+        for e in (0, 1, 2):
+            r.publish(r.plan([e]))
+        assert r.eviction_order() == [1, 2, 0]
+
+    def test_ages_by_the_tokens_of_a_call(self) -> None:
+        orders = []
+        for tokens in (1, 40):
+            r = Residents(EXPERTS, 4, "decay")
+            for needed, t in (([0, 1], 1), ([0, 1], 1), ([2, 3], tokens)):
+                r.publish(r.plan(needed))
+                r.touch([(e, t) for e in needed], tokens=t)
+            orders.append(r.eviction_order())
+        assert orders == [[2, 3, 0, 1], [0, 1, 2, 3]]

@@ -13,8 +13,15 @@ from hypothesis.extra import numpy as hnp
 
 from mlx_moecache.errors import UsageError
 from mlx_moecache.routing import (
+    NAMES,
+    BoundedRegret,
     CachePrior,
+    CumulativeThreshold,
+    MassBudget,
+    MaxRank,
     Original,
+    Price,
+    Pruning,
     RunningRange,
     Strategy,
     default_strength,
@@ -33,7 +40,8 @@ K = 4
 
 
 def rank(strategy: CachePrior, z: Array, mask: npt.NDArray[np.bool_], mean: float) -> Array:
-    return np.array(strategy.rank(mx.array(z), mx.array(mask.astype(np.float32)), mx.array(mean, dtype=mx.float32)))
+    resident, mean_range = mx.array(mask.astype(np.float32)), mx.array(mean, dtype=mx.float32)
+    return np.array(strategy.rank(mx.array(z), None, resident, mean_range, K))
 
 
 def selected(z: Array, k: int = K) -> set[int]:
@@ -117,7 +125,7 @@ class TestRanking:
     def test_rows_are_ranked_apart(self) -> None:
         z = np.array([[3, 1, 2, 0], [0, 2, 1, 3]], dtype=np.float32)
         mask, strategy = np.array([False, True, False, False]), CachePrior(0.5, 1)
-        both = np.array(strategy.rank(mx.array(z), mx.array(mask.astype(np.float32)), mx.array(2.0)))
+        both = np.array(strategy.rank(mx.array(z), None, mx.array(mask.astype(np.float32)), mx.array(2.0), 2))
         np.testing.assert_array_equal(both, np.stack([rank(strategy, row, mask, 2.0) for row in z]))
 
 
@@ -160,6 +168,19 @@ class TestNamingAStrategy:
             ("cache-prior", 0.05, 1, CachePrior(0.05, 1)),
             ("cache-prior:strength=0.3,j=4", None, None, CachePrior(0.3, 4)),
             ("cache-prior:j=0", 0.2, None, CachePrior(0.2, 0)),
+            ("price", None, None, Price(0.02, 1)),
+            ("price:delta=0.05,j=0", None, None, Price(0.05, 0)),
+            ("price", None, 3, Price(0.02, 3)),
+            ("mass-budget", None, None, MassBudget(0.02, 2)),
+            ("mass-budget:delta=1e-3,j=1", None, None, MassBudget(0.001, 1)),
+            ("bounded-regret", None, None, BoundedRegret(2, 0.02)),
+            ("bounded-regret:epsilon=0.05", None, None, BoundedRegret(2, 0.05)),
+            ("max-rank", None, None, MaxRank(2, 8)),
+            ("max-rank:m=12", None, 1, MaxRank(1, 12)),
+            ("cumsum", None, None, CumulativeThreshold(2, 0.5)),
+            ("cumsum:j=1,p=0.75", None, None, CumulativeThreshold(1, 0.75)),
+            ("pruning", None, None, Pruning(3)),
+            ("pruning:k=4", None, None, Pruning(4)),
             (CachePrior(0.7, 3), None, None, CachePrior(0.7, 3)),
             (Original(), None, None, Original()),
         ],
@@ -172,22 +193,39 @@ class TestNamingAStrategy:
     @pytest.mark.parametrize(
         ("routing", "strength", "top_j", "said"),
         [
-            ("belady", None, None, "unknown routing 'belady' (choose cache-prior, original)"),
+            ("belady", None, None, "unknown routing 'belady' (choose cache-prior, price, "),
             ("", None, None, "unknown routing ''"),
             ("cache-prior:lambda=1", None, None, "unknown parameter 'lambda'"),
             ("cache-prior:strength", None, None, "needs a number, not ''"),
             ("cache-prior:strength=much", None, None, "needs a number, not 'much'"),
-            ("cache-prior:j=1.5", None, None, "needs a number, not '1.5'"),
-            ("cache-prior:strength=-1", None, None, "strength must be"),
-            ("cache-prior:strength=nan", None, None, "strength must be"),
-            ("cache-prior", float("inf"), None, "strength must be"),
+            ("cache-prior:j=1.5", None, None, "j needs a whole number, not '1.5'"),
+            ("cache-prior:strength=1,strength=2", None, None, "strength is given twice"),
+            ("cache-prior:delta=1", None, None, "'delta' of routing 'cache-prior' (allowed: strength, j)"),
+            ("cache-prior:strength=-1", None, None, "strength of cache-prior must be a finite number of at least 0"),
+            ("cache-prior:strength=nan", None, None, "strength of cache-prior must be"),
+            ("cache-prior", float("inf"), None, "strength of cache-prior must be"),
+            ("price", 0.1, None, "price routing takes no strength; write for example price:delta=0.02,j=1"),
+            ("price:delta=2", None, None, "delta of price must be a finite number from 0 to 1, not 2.0"),
+            ("mass-budget:delta=-0.1", None, None, "delta of mass-budget must be"),
+            ("mass-budget:j=5", None, None, "at most the model's 4 experts per token, not 5"),
+            (
+                "bounded-regret",
+                None,
+                1,
+                "bounded-regret routing takes no top-j; write for example bounded-regret:swaps=",
+            ),
+            ("bounded-regret:swaps=-1", None, None, "swaps of bounded-regret must be a whole number of at least 0"),
+            ("max-rank:m=x", None, None, "m needs a whole number, not 'x'"),
+            ("cumsum:p=1.5", None, None, "p of cumsum must be a finite number from 0 to 1"),
+            ("pruning:k=0", None, None, "k of pruning must be a whole number of at least 1"),
+            ("pruning:k=5", None, None, "at most the model's 4 experts per token, not 5"),
             ("cache-prior", None, -1, "top-j must be"),
             ("cache-prior", None, 5, "at most the model's 4 experts per token, not 5"),
             ("cache-prior:strength=0.1", 0.2, None, "strength is given twice"),
             ("cache-prior:j=1", None, 1, "j is given twice"),
             ("original", 0.1, None, "takes no strength"),
             ("original", None, 2, "takes no strength and no top-j"),
-            ("original:j=1", None, None, "takes no strength and no top-j"),
+            ("original:j=1", None, None, "'j' of routing 'original' (it takes none)"),
             (CachePrior(), 0.1, None, "part of a routing object"),
             (CachePrior(top_j=5), None, None, "at most the model's 4"),
         ],
@@ -199,7 +237,7 @@ class TestNamingAStrategy:
             parse(routing, strength, top_j)
         assert said in str(error.value) and "\n" not in str(error.value)
 
-    @pytest.mark.parametrize(("k", "top_j"), [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (8, 2)])
+    @pytest.mark.parametrize(("k", "top_j"), [(1, 0), (2, 1), (3, 1), (4, 2), (6, 2), (8, 2)])
     def test_the_default_of_j_is_the_papers(self, k: int, top_j: int) -> None:
         assert default_top_j(k) == top_j
         assert parse("cache-prior", k=k) == CachePrior(0.1, top_j)
@@ -207,3 +245,17 @@ class TestNamingAStrategy:
     @pytest.mark.parametrize(("slots", "strength"), [(60, 0.1), (30, 0.1), (20, 0.1), (10, 0.05), (4, 0.02), (0, 0.0)])
     def test_the_default_strength_falls_below_a_third_of_the_experts(self, slots: int, strength: float) -> None:
         assert default_strength(slots, 60) == pytest.approx(strength)
+
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("k", [1, 2, 4, 8])
+    def test_every_name_has_defaults_for_every_model_and_its_spec_names_it_again(self, name: str, k: int) -> None:
+        strategy = parse(name, k=k)
+        assert strategy.name == name
+        assert parse(strategy.spec, k=k) == strategy
+        assert ":" not in strategy.spec or set(
+            strategy.spec.partition(":")[2].replace(",", "=").split("=")[::2]
+        ) == set(strategy.parameters)
+
+    @given(st.floats(0, 10), st.integers(0, 4))
+    def test_a_spec_keeps_every_digit(self, strength: float, top_j: int) -> None:
+        assert parse(CachePrior(strength, top_j).spec) == CachePrior(strength, top_j)
