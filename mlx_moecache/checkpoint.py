@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mlx_moecache.errors import CheckpointError
+from mlx_moecache.expert_major import expert_shard_names
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_PATTERN = "model*.safetensors"
@@ -76,6 +77,8 @@ class CheckpointIndex:
 def read_index(folder: Path) -> CheckpointIndex:
     """Read the headers of every shard that mlx-lm would load from `folder`, and check them.
 
+    The expert shards of a repacked folder (expert_major.py) come after them.
+
     Raises CheckpointError when a file is missing, unreadable, truncated, or contradicts its header or index.
     """
     try:
@@ -84,6 +87,7 @@ def read_index(folder: Path) -> CheckpointIndex:
         raise CheckpointError(
             f"{folder}: cannot list this folder ({error.strerror}); give the folder that holds the model"
         ) from error
+    expert_names = expert_shard_names(folder, entries)
     # mlx-lm loads every file of this pattern whatever the index says, so all of them count here too.
     names = sorted(fnmatch.filter(entries, SHARD_PATTERN))
     weight_map = _read_weight_map(folder / INDEX_NAME, names) if INDEX_NAME in entries else {}
@@ -93,6 +97,7 @@ def read_index(folder: Path) -> CheckpointIndex:
             "give the folder that holds its safetensors files"
         )
 
+    names += expert_names
     shards = tuple(folder / name for name in names)
     tensors: dict[str, TensorRecord] = {}
     for number, path in enumerate(shards):

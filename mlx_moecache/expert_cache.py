@@ -12,9 +12,11 @@ from typing import Literal
 
 from .errors import BudgetError, ReadError, UsageError
 from .expert_layout import ComponentSpec, LayerExtents
+from .observer import Observer
 from .reader import ExpertReader, ReadRequest
 from .residents import Load, Residents
 from .routing import Original, RunningRange, Strategy
+from .seam import SelectionSeam
 from .slots import SlotPool
 from .stats import CacheStats, PhaseStats
 
@@ -41,6 +43,7 @@ class LayerExperts:
         self.residents = Residents(num_experts, slots, eviction)
         self.pool = SlotPool(components, slots)
         self.range = running_range  # of the router's scores, shared with the selection seam
+        self.seam: SelectionSeam | None = None  # of its router, set by the MoE block
         self.on_resize: Callable[[], None] = lambda: None  # set by the MoE block: hands the pool's arrays to the model
 
     @property
@@ -59,6 +62,7 @@ class ExpertCache:
         self.reader = reader
         self.strategy = strategy
         self.stats = CacheStats()
+        self.observers: tuple[Observer, ...] = ()
         self.plan_slots: Callable[[str | int], list[int]] | None = None  # memory -> slots per layer, set by loading
         self._phase: Phase | None = None
         self._closed = False
@@ -115,6 +119,23 @@ class ExpertCache:
             stats.read_seconds += self.reader.read_seconds - seconds_before
         layer.residents.publish(loads)
         stats.loads += len(loads)
+
+    # ---- watching ----
+
+    @contextmanager
+    def observed_by(self, *observers: Observer) -> Iterator[None]:
+        """Tell `observers` every routing decision made inside; this makes layers that are all resident look, too."""
+        before, self.observers = self.observers, (*self.observers, *observers)
+        self._update_blocks()
+        try:
+            yield
+        finally:
+            self.observers = before
+            self._update_blocks()
+
+    def _update_blocks(self) -> None:
+        for x in self.layers:
+            x.on_resize()
 
     # ---- the whole cache ----
 

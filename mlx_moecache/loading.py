@@ -6,28 +6,33 @@ order: routers are tested, memory is planned (or refused), resident weights are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer
 
-from . import footprint, system
+from . import architectures, footprint, system
 from .budget import LayerShape, MemoryPlan, parse_memory, plan_memory
 from .checkpoint import read_index
 from .errors import CheckpointError, MoeCacheError, UnsupportedModelError, UsageError
 from .expert_cache import ExpertCache, LayerExperts
 from .expert_layout import LayerExtents, locate_experts
+from .expert_major import read_manifest
 from .footprint import KVOptions
 from .hub import resolve_model
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
 from .reader import EmulatedFlash, ExpertReader
 from .routing import Original, Strategy, parse_routing
+from .skeleton import write_sparse
 
 DEFAULT_MAX_CONTEXT = 4096  # tokens of KV cache that are reserved where the need is not known
 
@@ -68,13 +73,17 @@ class OpenedModel:
         self.index = read_index(folder)
         self.model, self.config = _build_lazily(folder, trust_remote_code)
         self.blocks: list[MoeBlock] = find_blocks(self.model)
+        known = architectures.find(type(self.model).__module__.rpartition(".")[2])
         self.extents: list[LayerExtents] = [
-            locate_experts(self.index, b.path, b.components, b.num_experts) for b in self.blocks
+            locate_experts(
+                self.index, b.path, b.components, b.num_experts, fused_halves=known is not None and known.fused_halves
+            )
+            for b in self.blocks
         ]
         self._refuse_slow_dtypes()
         self._probe_shape = footprint.activation_dtype(self.model), footprint.hidden_dims(self.config, self.blocks)
-        for b in self.blocks:
-            b.find_k(*self._probe_shape)
+        # A forward pass that is built and thrown away shows every switch its k.
+        self.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self.model))
         self.resident = footprint.resident_bytes(self.model)
         self.trust_remote_code = trust_remote_code
 
@@ -163,8 +172,8 @@ class OpenedModel:
             ]
             expert_cache = ExpertCache(layers, reader, strategy)
             expert_cache.plan_slots = self._slot_planner(plan)
-            for block, layer in zip(self.blocks, layers, strict=True):
-                block.attach(expert_cache, layer)
+            for number, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+                block.attach(expert_cache, layer, number)
         except BaseException:
             reader.close()
             raise
@@ -229,7 +238,7 @@ def load(
     memory: "6GB", "60%" (of RAM), "auto" or bytes, for everything that the model causes; slots: experts per layer,
     instead. max_context: tokens for which KV cache is reserved. routing: a name, a spec such as
     "cache-prior:strength=0.05,j=1", or a strategy of mlx_moecache.routing; "original" is exact. strength, top_j: the
-    paper's lambda and J. eviction: "lru" or "lfu". direct_io: bypass the page cache.
+    paper's lambda and J. eviction: "lru", "lfu", "lfru", "decay" or "decay:0.98". direct_io: bypass the page cache.
 
     Returns (model, tokenizer). ``model.expert_cache`` has statistics, resize, reset and close; the model also works
     with mlx_lm's own generate and stream_generate, where one row counts as decode.
@@ -254,7 +263,8 @@ def budget_here(memory: str | int) -> int:
 
 def _build_lazily(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        model, config = mlx_lm_load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        with _as_mlx_lm_expects(folder) as files:
+            model, config = mlx_lm_load_model(files, lazy=True, trust_remote_code=trust_remote_code)
     except MoeCacheError:
         raise
     except ValueError as e:
@@ -269,6 +279,26 @@ def _build_lazily(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dic
     except Exception as e:  # a config that lacks keys makes model code raise KeyError, TypeError and others
         raise CheckpointError(f"mlx-lm cannot build the model in {folder}: {type(e).__name__}: {_one_line(e)}") from e
     return model, config
+
+
+@contextmanager
+def _as_mlx_lm_expects(folder: Path) -> Iterator[Path]:
+    """`folder`, or for a repacked one a temporary folder of links, in which a hole stands for the original's experts.
+
+    mlx-lm infers much from the presence of expert tensors. They are replaced before anything is evaluated; what else
+    was opened there stays open when the folder is gone.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx_moecache-") as name:
+        links = Path(name)
+        # Before the links: a link of this name would be written through.
+        write_sparse(links / "model-experts.safetensors", manifest.tensors)
+        for file in folder.resolve().iterdir():
+            (links / file.name).symlink_to(file)
+        yield links
 
 
 def _one_line(error: BaseException) -> str:

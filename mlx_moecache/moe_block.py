@@ -7,6 +7,7 @@ selected experts to the host; a layer whose experts are all resident runs the or
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from .errors import UnsupportedModelError
 from .expert_cache import ExpertCache, LayerExperts
 from .expert_layout import ComponentSpec
+from .observer import RoutedCall, Scores
 from .residents import Wave
-from .routing import Original, RunningRange
+from .routing import Original, RunningRange, probabilities
 from .seam import SelectionSeam, find_owner
 from .stats import PhaseStats
 
@@ -33,9 +35,9 @@ Switch = Callable[[mx.array, mx.array], mx.array]
 class MoeBlock:
     """One MoE layer of the model. Until `attach`, its switch is a probe that reads no expert (for planning)."""
 
-    def __init__(self, path: str, block: nn.Module, name: str) -> None:
-        self.path = f"{path}.{name}" if path else name
-        self.block, self.switch = block, block[name]
+    def __init__(self, path: str, switch: nn.Module, parents: Sequence[nn.Module]) -> None:
+        """parents: the modules around `switch`, the nearest first."""
+        self.path, self.switch = path, switch
         self.components = _components(self.path, self.switch)
         projection = next(iter(_projections(self.switch).values()))
         self.num_experts: int = projection.num_experts
@@ -45,8 +47,13 @@ class MoeBlock:
         self.k = 0  # experts per token, seen by the probe
         self.bit_exact = False  # the cloned router gave bit-equal results, so it may also observe exact runs
         self.bytes_per_expert = sum(c.nbytes for c in self.components)
-        owner = find_owner(block, (name,))
-        self.seam = SelectionSeam(owner) if owner is not None else None
+        owner, around = _find_router(switch, parents)
+        self.seam = SelectionSeam(owner, self.num_experts) if owner is not None else None
+        # The block is what turns x into the output of the experts. Where the layer itself routes and combines, only
+        # its router can be run alone.
+        takes_x = _takes_only_x(around)
+        self.block = around if takes_x else parents[0]
+        self._testable = around if takes_x else owner
         self._run: Switch = self._probe
         self._mask: tuple[int, mx.array] | None = None
         self._strip()
@@ -59,10 +66,6 @@ class MoeBlock:
 
     # ---- before loading ----
 
-    def find_k(self, dtype: mx.Dtype, hidden_dims: int) -> None:
-        """Find k, the experts per token, from the shapes of a forward pass that is built and thrown away."""
-        self.block(mx.zeros((1, 1, hidden_dims), dtype=dtype))
-
     def self_test(self, dtype: mx.Dtype, hidden_dims: int) -> str | None:
         """Run the block on random rows with the original and with the cloned router; None if the seam works.
 
@@ -70,32 +73,33 @@ class MoeBlock:
         exactly one selection. Otherwise returns the reason, and the layer must stay unbiased. The weights of the
         block are evaluated.
         """
-        if self.seam is None:
+        if self.seam is None or self._testable is None:
             return NO_SEAM
         key = mx.random.key(len(self.path))  # its own key: the user's seed is not consumed
         x = mx.random.normal((1, PROBE_ROWS, hidden_dims), key=key).astype(dtype)
-        expected = self.block(x)
+        expected = _outputs(self._testable(x))
         mx.eval(expected)
         self.seam.enabled, self.seam.selections = True, 0
         try:
-            seen = self.block(x)
+            seen = _outputs(self._testable(x))
             mx.eval(seen)
         finally:
             self.seam.enabled = False
         observed = self.seam.take()  # taken in any case: the first forward pass must not find it
         if self.seam.selections != 1 or observed is None:
             return f"the selection was seen {self.seam.selections} times instead of once"
-        self.bit_exact = bool(mx.array_equal(expected, seen, equal_nan=True))
-        if not self.bit_exact and not mx.allclose(expected, seen, rtol=1e-2, atol=1e-3):
+        pairs = list(zip(expected, seen, strict=True))
+        self.bit_exact = all(mx.array_equal(a, b, equal_nan=True) for a, b in pairs)
+        if not self.bit_exact and not all(mx.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in pairs):
             return "the observed router gives other results than the original"
         return None
 
     # ---- running ----
 
-    def attach(self, cache: ExpertCache, layer: LayerExperts) -> None:
-        """Replace the probe by the cache: from here on the block computes."""
-        self.cache, self.layer = cache, layer
-        layer.on_resize = self._adopt_pool
+    def attach(self, cache: ExpertCache, layer: LayerExperts, number: int) -> None:
+        """Replace the probe by the cache: from here on the block computes. number: of this layer among MoE layers."""
+        self.cache, self.layer, self.number = cache, layer, number
+        layer.on_resize, layer.seam = self._adopt_pool, self.seam
         if self.seam is not None:
             self.seam.strategy = cache.strategy
             self.seam.bias_mask = self._bias_mask
@@ -105,12 +109,14 @@ class MoeBlock:
     def _cached(self, x: mx.array, indices: mx.array) -> mx.array:
         """x [.., D] and expert numbers [.., K] -> [.., K, D], as the upstream switch."""
         layer, cache = self.layer, self.cache
-        if layer.residents.is_complete:
-            return self._upstream(x, indices) if indices.size < WAVE_ROWS else self._in_two_steps(x, indices)
         k = indices.shape[-1]
         rows = indices.size // k
+        if layer.residents.is_complete:
+            if cache.observers:
+                self._read_host(indices.reshape(rows, k))
+            return self._upstream(x, indices) if indices.size < WAVE_ROWS else self._in_two_steps(x, indices)
         ids, scores, swapped = self._read_host(indices.reshape(rows, k))
-        uses = _uses(ids, scores)
+        uses = _uses(ids, scores, self.num_experts)
         stats = cache.stats_for(rows)
         misses = sum(n for e, n in uses if e not in layer.residents)
         needed = [e for e, _ in uses]
@@ -118,34 +124,51 @@ class MoeBlock:
             fits = len(needed) <= layer.residents.capacity
             waves = [Wave(needed, layer.residents.plan(needed))] if fits else layer.residents.plan_waves(needed)
             y = self._in_waves(x, ids, waves, stats).reshape(*indices.shape, -1)
-            layer.residents.touch(uses)
+            layer.residents.touch(uses, rows)
         else:
             cache.load(layer, layer.residents.plan(needed), stats)
             layer.residents.touch(uses)
-            slots = np.array([layer.residents.slot_of(e) for e in ids.ravel().tolist()], dtype=np.uint32)
+            slot_of = {e: layer.residents.slot_of(e) for e in needed}
+            slots = np.array([slot_of.get(e, 0) for e in ids.ravel().tolist()], dtype=np.uint32)
             y = self._upstream(x, mx.array(slots.reshape(indices.shape)))
             layer.pool.track(y)
-        stats.selections += ids.size
+        selections = sum(n for _, n in uses)
+        stats.selections += selections
         stats.misses += misses
-        stats.hits += ids.size - misses
+        stats.hits += selections - misses
         stats.swapped += swapped
         return y
 
     def _read_host(self, indices: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
         """The layer's only host read: selected experts [T, K], their scores [T, K], number of swapped selections.
 
-        The same evaluation fences the slots: it completes the outputs of earlier calls, which costs nothing in a
-        generation loop, where the indices depend on them anyway.
+        Selections that compute nothing (identity experts, which reach the switch as expert 0 of weight 0) get numbers
+        from E on. The same evaluation fences the slots: it completes the outputs of earlier calls, which costs nothing
+        in a generation loop, where the indices depend on them anyway.
         """
         seen = self.seam.take() if self.seam is not None else None
         earlier = self.layer.pool.take_unfenced()
         if seen is None:
             mx.eval(indices, *earlier)
-            return np.array(indices), None, 0
+            ids = np.array(indices)
+            self._tell(None, None, ids, ids)
+            return ids, None, 0
+        if seen.selected is not None:
+            indices = seen.selected.astype(mx.uint32)
         scores = mx.take_along_axis(seen.scores, indices, axis=-1)
-        lazy = [a for a in (indices, scores, seen.mean_range, seen.swapped) if a is not None]
+        watched = self.cache.observers and seen.own is not None
+        p = probabilities(seen.scores, logits=seen.in_logits) if watched else None
+        lazy = [a for a in (indices, scores, seen.mean_range, seen.swapped, p, seen.own) if a is not None]
         mx.eval(*lazy, *earlier)
-        return np.array(indices), np.array(scores), 0 if seen.swapped is None else int(np.array(seen.swapped))
+        ids = np.array(indices)
+        if watched:
+            self._tell(np.array(seen.scores), np.array(p), np.array(seen.own), ids)
+        return ids, np.array(scores), 0 if seen.swapped is None else int(np.array(seen.swapped))
+
+    def _tell(self, z: Scores | None, p: Scores | None, own: npt.NDArray[Any], used: npt.NDArray[Any]) -> None:
+        for observer in self.cache.observers:
+            phase = self.cache.phase_of(len(used))
+            observer.observe(RoutedCall(self.number, phase, z, p, own.astype(np.int64), used.astype(np.int64)))
 
     def _in_two_steps(self, x: mx.array, indices: mx.array) -> mx.array:
         """All experts are resident and the chunk is long: what precedes the experts, then the experts, evaluated.
@@ -169,9 +192,11 @@ class MoeBlock:
         experts = ids.ravel()
         slot_of = np.zeros(self.num_experts, dtype=np.uint32)
         out: mx.array | None = None
+        if not waves:
+            out = mx.zeros((experts.size, self.output_dims), dtype=x.dtype)
         for wave in waves:
             self.cache.load(layer, wave.loads, stats)
-            in_wave = np.zeros(self.num_experts, dtype=bool)
+            in_wave = np.zeros(max(self.num_experts, int(experts.max()) + 1), dtype=bool)
             for e in wave.experts:
                 in_wave[e], slot_of[e] = True, layer.residents.slot_of(e)
             positions = np.flatnonzero(in_wave[experts])
@@ -185,7 +210,7 @@ class MoeBlock:
                 out[mx.array(part.astype(np.uint32))] = y  # in place: nothing else holds `out`
                 del y
                 mx.eval(out)  # the next wave overwrites these slots
-        assert out is not None  # there is at least one token, so at least one wave
+        assert out is not None
         return out
 
     def _bias_mask(self, rows: int) -> mx.array | None:
@@ -207,7 +232,9 @@ class MoeBlock:
         if self.seam is not None:
             biased = not isinstance(self.seam.strategy, Original)
             partly = self.layer.residents.capacity < self.num_experts
-            self.seam.enabled = partly and (biased or self.bit_exact)
+            self.seam.watched = bool(self.cache.observers)
+            prunes = biased and not self.seam.strategy.uses_residents
+            self.seam.enabled = (partly or prunes or self.seam.watched) and (biased or self.bit_exact)
 
     # ---- installation ----
 
@@ -241,14 +268,42 @@ def find_blocks(model: nn.Module) -> list[MoeBlock]:
     blocks = []
     for path, module in sorted(modules.items(), key=lambda item: _natural(item[0])):
         if isinstance(module, SwitchGLU | SwitchMLP):
-            parent, _, name = path.rpartition(".")
-            blocks.append(MoeBlock(parent, modules[parent], name))
+            parts = path.split(".")
+            around = [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+            blocks.append(MoeBlock(path, module, [modules[p] for p in around if p in modules]))
+    if not blocks and any(isinstance(m.get("experts"), list) for m in modules.values()):
+        raise UnsupportedModelError(
+            "the experts of this model are separate modules that mlx-lm runs one by one, not a switch layer, so they "
+            "cannot be streamed; run it with mlx_lm.generate instead"
+        )
     if not blocks:
         raise UnsupportedModelError(
             "this model has no routed experts (it is dense, or its experts are not mlx-lm switch layers); "
             "run it with mlx_lm.generate instead"
         )
     return blocks
+
+
+def _find_router(switch: nn.Module, parents: Sequence[nn.Module]) -> tuple[nn.Module | None, nn.Module]:
+    """The module that selects for `switch`, and the nearest module that holds both (without one: the parent)."""
+    for depth, parent in enumerate(parents[:3]):
+        # Further out only routers count: a layer's attention may select tokens with the same calls.
+        names = None if depth == 0 else ("gate", "router")
+        owner = find_owner(parent, switch, names)
+        if owner is not None:
+            return owner, parent
+    return None, parents[0]
+
+
+def _takes_only_x(module: nn.Module) -> bool:
+    return (
+        len(inspect.signature(type(module).__call__).parameters) == 2
+    )  # self and x; a layer also takes mask and cache
+
+
+def _outputs(result: Any) -> list[mx.array]:
+    """What a block (one array) or a router (expert numbers and weights) returned."""
+    return [result] if isinstance(result, mx.array) else list(result)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
@@ -278,8 +333,10 @@ def _components(path: str, switch: nn.Module) -> tuple[ComponentSpec, ...]:
     return tuple(components)
 
 
-def _uses(ids: npt.NDArray[np.uint32], scores: npt.NDArray[np.float32] | None) -> list[tuple[int, int]]:
-    """(expert, number of selections) ordered by last use.
+def _uses(
+    ids: npt.NDArray[np.uint32], scores: npt.NDArray[np.float32] | None, num_experts: int
+) -> list[tuple[int, int]]:
+    """(expert, number of selections) ordered by last use, numbers from `num_experts` on left out.
 
     Tokens count in their order; within a token the experts are touched from the highest score to the lowest (equal
     scores: lower number first), as the paper's author does, so the best expert of a token is the oldest of its k.
@@ -289,4 +346,5 @@ def _uses(ids: npt.NDArray[np.uint32], scores: npt.NDArray[np.float32] | None) -
         ids = np.take_along_axis(ids, order, axis=-1)
     experts, last, counts = np.unique(ids.ravel()[::-1], return_index=True, return_counts=True)
     oldest_first = np.argsort(-last)
+    oldest_first = oldest_first[experts[oldest_first] < num_experts]
     return list(zip(experts[oldest_first].tolist(), counts[oldest_first].tolist(), strict=True))

@@ -17,8 +17,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .routing import CachePrior, Original, RunningRange, Strategy
+from .routing import Original, RunningRange, Strategy, probabilities
 
+# z, p [T, E] and the router's own selection [T, k] -> residents [T, E] before each token and D [T, 1]; None: unbiased.
+Window = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array] | None]
 CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias", "router_bias")
 
 
@@ -26,31 +28,48 @@ CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias", "router_bias")
 class Observation:
     """What one call of the router showed. All arrays are lazy; the switch evaluates them with its one host read."""
 
-    scores: mx.array  # z [T, E] float32, the ranking quantity; larger is better
+    scores: mx.array  # z [T, E] float32, the ranking quantity; larger is better, -inf if the model ruled it out
     mean_range: mx.array | None  # running D, updated by this call
     swapped: mx.array | None  # scalar: selections that are not in the router's own top-k; None if unbiased
+    selected: mx.array | None = None  # [T, k], only if the router also selects experts that the switch does not have
+    own: mx.array | None = None  # [T, k], what upstream's code selected, if somebody watches
+    in_logits: bool = True  # whether z are logits (see probabilities)
 
 
 class SelectionSeam:
     """The seam of one MoE layer, installed on `owner`: the router module, or the block that routes inline.
 
-    The ranking quantity z is: the input of softmax for softmax routers, the logits themselves for routers that select
-    on logits, and the corrected score for routers with a correction bias. Experts of groups that the model ruled out
-    (score 0 or -inf) keep their value and never get a bonus.
+    The ranking quantity z [.., E] is, in float32,
+
+    - for softmax routers the logits, that is the input of mx.softmax (where the softmax is a module of its own: log p,
+      which differs from them by a constant per token);
+    - for routers that select on logits, sparsemixer and top-1 routers: these logits;
+    - for routers with a correction bias b: act(logits) + b, act being sigmoid, softmax or sqrt(softplus), while mixing
+      weights come from act(logits) without b; for sigmoid routers without one: the score.
+
+    Group-limited routers: the same z within the allowed groups. Experts of other groups (filled with 0 or -inf) count
+    neither in D nor among the J protected ones and are never selected for being resident. Strategies see p = softmax(z)
+    where z is logits, else max(z, 0) scaled to sum 1 over the allowed experts.
     """
 
-    def __init__(self, owner: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, num_experts: int) -> None:
         self.owner = owner
+        self.num_experts = num_experts  # of the switch; a router may know more that compute nothing (identity experts)
+        self.ranked = num_experts  # experts that the router knows, seen at its first call
         self.enabled = False  # off: the owner's original, possibly compiled, code runs
         self.strategy: Strategy = Original()
         self.range = RunningRange()
-        self.bias_mask: Callable[[int], mx.array | None] = lambda rows: (
-            None
-        )  # rows -> residents [E], None: no bias
+        self.bias_mask: Callable[[int], mx.array | None] = lambda rows: None  # rows -> residents [E], None: no bias
+        self.watched = False  # keep the router's own selection
+        self.window: Window | None = None  # a text is scored: every token has residents of its own
         self.selections = 0  # final selections seen since the last reset, for the self-test
         self._observation: Observation | None = None
         self._logits: mx.array | None = None
-        self._corrected = any(getattr(owner, b, None) is not None for b in CORRECTION_BIASES)
+        self._sigmoid = False  # the current call formed its scores with a sigmoid
+        self._corrected = any(isinstance(getattr(owner, b, None), mx.array) for b in CORRECTION_BIASES)
+        children = [m for m in owner.values() if isinstance(m, nn.Module)]
+        self._softmax_module = any(isinstance(m, nn.Softmax) for m in children)  # its mx is not ours to replace
+        self._sigmoid_module = any(isinstance(m, nn.Sigmoid) for m in children)
         self._install()
 
     def take(self) -> Observation | None:
@@ -64,8 +83,15 @@ class SelectionSeam:
         self._logits = x
         return mx.softmax(x, *args, **kwargs)
 
+    def sigmoid(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self._sigmoid = True
+        return mx.sigmoid(x, *args, **kwargs)
+
     def argpartition(self, a: mx.array, kth: int = 0, axis: int | None = -1, **kwargs: Any) -> mx.array:
-        """The final selection: a [.., E] -> expert numbers, of which the model's code takes the first or last k."""
+        """The final selection: a [.., E] -> expert numbers, of which the model's code takes the first or last k.
+
+        a is, up to its sign, p, the logits or act(logits) + b; z is formed from it as the class says.
+        """
         if axis is None or axis % a.ndim != a.ndim - 1:
             return mx.argpartition(a, kth, axis=axis, **kwargs)  # a choice of groups
         own = mx.argpartition(a, kth, axis=axis, **kwargs)
@@ -73,19 +99,28 @@ class SelectionSeam:
         sign = -1.0 if kth >= 0 else 1.0
         c = (sign * a).astype(mx.float32)
         logits = self._logits
-        is_logit = logits is not None and logits.size == a.size and not self._corrected
-        z = logits.astype(mx.float32).reshape(a.shape) if is_logit and logits is not None else c
+        is_logit = not self._corrected and (self._softmax_module or (logits is not None and logits.size == a.size))
+        z = c
+        if is_logit:
+            z = mx.log(c) if logits is None else logits.astype(mx.float32).reshape(a.shape)
         dropped = c == -mx.inf
-        if is_logit or self._corrected:  # a plain logit may well be 0
+        if is_logit or self._corrected or self._sigmoid:  # a plain logit may well be 0
             dropped = dropped | (c == 0)
-        ranked = self._observe(z, dropped)
-        if ranked is None:
-            return own
-        # Fill values differ by model; in the logit domain only -inf is below everything.
-        ranked = mx.where(dropped, mx.array(-mx.inf) if is_logit else c, ranked)
-        other = mx.argpartition(sign * ranked, kth, axis=axis)
         part = slice(0, k) if kth >= 0 else slice(-k, None)
-        return self._choose(own, other, own[..., part], other[..., part])
+        in_logits = is_logit or not (self._corrected or self._sigmoid)
+        ranked = self._observe(z, dropped, k, in_logits, own[..., part])
+        kept = self.strategy.kept(k)
+        if ranked is None:
+            chosen = own
+        elif kept < k:  # fewer columns: what the model's code takes, the first or the last k, is then all of them
+            other = mx.argpartition(sign * ranked, kept - 1 if kth >= 0 else -kept, axis=axis)
+            chosen = other[..., :kept] if kth >= 0 else other[..., -kept:]
+        else:
+            other = mx.argpartition(sign * ranked, kth, axis=axis)
+            chosen = mx.where(self._same(own[..., part], other[..., part]), own, other)
+        if z.shape[-1] > self.num_experts and self._observation is not None:
+            self._observation.selected = chosen[..., part].reshape(z.size // z.shape[-1], -1)
+        return chosen
 
     def sparsemixer(
         self,
@@ -98,12 +133,16 @@ class SelectionSeam:
         """Phi-3.5-MoE: k rounds; the weight is a softmax over the experts within a band of the round's best.
 
         Biased, round j takes the j-th best of the ranking where upstream takes the maximum, and forms band, softmax and
-        masking around it as upstream does, so that an expert outside the usual band still has a defined weight.
+        masking around it as upstream does, so that an expert outside the usual band still has a defined weight. z are
+        the gates, which are logits.
         """
         own, weights = upstream(gates, top_k=top_k, jitter_eps=jitter_eps)
-        ranked = self._observe(gates.astype(mx.float32), None)
+        ranked = self._observe(gates.astype(mx.float32), None, top_k, True, own)
+        kept = self.strategy.kept(top_k)
         if ranked is None:
             return own, weights
+        if kept < top_k:  # rounds go from the best expert down
+            return own[..., :kept], weights[..., :kept]
         order = mx.argsort(-ranked, axis=-1)[..., :top_k]
         masked, scores = gates, []
         for j in range(top_k):
@@ -113,40 +152,50 @@ class SelectionSeam:
             band = mx.where((best - gates) / factor > 2 * jitter_eps, -mx.inf, masked)
             scores.append(mx.take_along_axis(mx.softmax(band, axis=-1, precise=True), i, axis=-1))
             masked = mx.put_along_axis(masked, i, mx.array(-mx.inf, masked.dtype), axis=-1)
-        chosen = self._choose(own, order, own, order)
-        assert self._observation is not None and self._observation.swapped is not None
-        return chosen, mx.where(self._observation.swapped == 0, weights, mx.concatenate(scores, axis=-1))
+        same = self._same(own, order)
+        return mx.where(same, own, order), mx.where(same, weights, mx.concatenate(scores, axis=-1))
 
     # ---- shared by both ----
 
-    def _observe(self, z: mx.array, dropped: mx.array | None) -> mx.array | None:
+    def _observe(
+        self, z: mx.array, dropped: mx.array | None, k: int, in_logits: bool, own: mx.array
+    ) -> mx.array | None:
         """Record z; return the biased ranking, or None where this call must not be biased."""
         self.selections += 1
-        E = z.shape[-1]
+        E = self.ranked = z.shape[-1]
+        if dropped is not None:  # such experts must not take one of the J protected places
+            z = mx.where(dropped, -mx.inf, z)
         flat = z.reshape(-1, E)
+        if self.window is not None:
+            self._observation = Observation(flat, None, None, in_logits=in_logits)
+            p = probabilities(z, logits=in_logits)
+            biased = self.window(z.reshape(-1, E), p.reshape(-1, E), own.reshape(-1, k))
+            if biased is None:
+                return None
+            resident, means = biased
+            return self.strategy.rank(z, p, resident.reshape(z.shape), means.reshape(*z.shape[:-1], 1), k)
         mean_range = None
-        if isinstance(self.strategy, CachePrior):
+        if self.strategy.uses_residents:
             mean_range = self.range.observe(flat, None if dropped is None else dropped.reshape(-1, E))
-        self._observation = Observation(flat, mean_range, None)
+        self._observation = Observation(flat, mean_range, None, in_logits=in_logits)
+        if self.watched:
+            self._observation.own = own.reshape(-1, k)
         mask = self.bias_mask(flat.shape[0])
+        if mask is not None and self.num_experts < E:  # what computes nothing is always there
+            mask = mx.concatenate([mask, mx.ones(E - self.num_experts)])
         # Strength 0 hands the model's own result through: a zero bonus could still order ties differently.
-        if (
-            mask is None
-            or mean_range is None
-            or not isinstance(self.strategy, CachePrior)
-            or not self.strategy.strength
-        ):
+        if mask is None or self.strategy.is_exact:
             return None
-        # Experts that were ruled out must not take one of the J protected places.
-        return self.strategy.rank(z if dropped is None else mx.where(dropped, -mx.inf, z), mask, mean_range)
+        p = probabilities(z, logits=in_logits)
+        return self.strategy.rank(z, p, mask, mx.array(0.0) if mean_range is None else mean_range, k)
 
-    def _choose(self, own: mx.array, other: mx.array, own_top: mx.array, other_top: mx.array) -> mx.array:
-        """`other`, or upstream's own result where the selected set is the same, so that sums run in the same order."""
-        kept = (own_top[..., :, None] == other_top[..., None, :]).sum()
-        swapped = own_top.size - kept
+    def _same(self, own: mx.array, other: mx.array) -> mx.array:
+        """[.., 1], true for tokens whose selected set is upstream's; its own result then keeps the order of sums."""
+        kept = (own[..., :, None] == other[..., None, :]).sum(axis=(-2, -1))[..., None]
         assert self._observation is not None
-        self._observation.swapped = swapped
-        return mx.where(swapped == 0, own, other)
+        if self.window is None:  # which counts on its own
+            self._observation.swapped = own.size - kept.sum()
+        return kept == own.shape[-1]
 
     # ---- installation ----
 
@@ -160,6 +209,7 @@ class SelectionSeam:
             if not seam.enabled:
                 return original(module, *args, **kwargs)
             seam._logits = seam._observation = None
+            seam._sigmoid = seam._sigmoid_module
             return routed(module, *args, **kwargs)
 
         # An instance attribute __call__ would be ignored: Python looks it up on the class.
@@ -170,15 +220,19 @@ class _Spy:
     """Stands in for the name `mx` in cloned functions: everything is forwarded but the redirected calls."""
 
     def __init__(self, seam: SelectionSeam) -> None:
-        self.softmax, self.argpartition = seam.softmax, seam.argpartition
+        self.softmax, self.sigmoid, self.argpartition = seam.softmax, seam.sigmoid, seam.argpartition
 
     def __getattr__(self, name: str) -> Any:
         return getattr(mx, name)
 
 
-def find_owner(block: nn.Module, switch_names: tuple[str, ...]) -> nn.Module | None:
-    """The module whose call selects the experts: a child of `block` (gate, router), else the block itself."""
-    children = [m for name, m in block.items() if isinstance(m, nn.Module) and name not in switch_names]
+def find_owner(block: nn.Module, switch: nn.Module | None, names: tuple[str, ...] | None = None) -> nn.Module | None:
+    """The module whose call selects the experts: a child of `block` (one of `names`, if given), else the block."""
+    children = [
+        m
+        for name, m in block.items()
+        if isinstance(m, nn.Module) and m is not switch and (names is None or name in names)
+    ]
     for module in [*children, block]:
         if _selects(type(module).__call__):
             return module
@@ -226,9 +280,7 @@ def _callees(f: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Functions of f's module (also those wrapped by mx.compile) that f names."""
     for name in _names(f.__code__):
         value = f.__globals__.get(name)
-        inner = (
-            None if value is None or isinstance(value, type | types.ModuleType) else _python_function(value)
-        )
+        inner = None if value is None or isinstance(value, type | types.ModuleType) else _python_function(value)
         if inner is not None and inner.__module__ == f.__module__:
             yield name, value
 

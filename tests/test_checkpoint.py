@@ -715,7 +715,7 @@ def test_one_expert_of_other_dtype_or_shape_is_refused(
     [
         ("model.layers.0.mlp.experts", "model.layers.0.mlp.experts.gate_up_proj_blocks"),
         ("language_model.model.layers.1.feed_forward.experts", None),
-        ("model.layers.3.mlp.switch_mlp", "model.layers.3.mlp.experts.0.gate_and_up_proj.weight"),
+        ("model.layers.3.mlp.switch_mlp", "model.layers.3.mlp.experts.gate_up_proj"),
         ("transformer.h.0.ffn.experts", "transformer.h.0.ffn.experts.mlp.w1"),
     ],
 )

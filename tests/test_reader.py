@@ -380,8 +380,9 @@ def test_one_thread_means_no_pool(shards: tuple[Path, ...], contents: tuple[byte
         assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("way", WAYS)
 def test_neighbours_in_the_file_are_read_by_one_call_in_any_order(
-    shards: tuple[Path, ...], contents: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+    way: str, shards: tuple[Path, ...], contents: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gauge = Gauge()
 
@@ -392,7 +393,9 @@ def test_neighbours_in_the_file_are_read_by_one_call_in_any_order(
 
         return preadv
 
-    with ExpertReader(shards) as opened:
+    if way == "refused":
+        refuse_o_direct(monkeypatch)
+    with ExpertReader(shards, direct_io=way != "buffered") as opened:
         watch_preadv(monkeypatch, counting)
         targets = [bytearray(10) for _ in range(300)]
         requests = [request(target, 40 + 10 * i) for i, target in enumerate(targets)]

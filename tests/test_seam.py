@@ -51,7 +51,7 @@ def seam_on(owner: nn.Module, residents: list[int], strength: float, top_j: int)
     """An enabled seam with a fixed set of residents."""
     mask = np.zeros(E, dtype=np.float32)
     mask[residents] = 1
-    seam = SelectionSeam(owner)
+    seam = SelectionSeam(owner, E)
     seam.enabled, seam.strategy = True, CachePrior(strength, top_j)
     seam.bias_mask = lambda rows: mx.array(mask)
     return seam
@@ -69,7 +69,7 @@ class TestWhereItIsInstalled:
         assert block.seam.owner is (block.block.gate if model_type == "deepseek_v2" else block.block)
 
     def test_a_router_without_a_known_selection_has_no_owner(self) -> None:
-        assert find_owner(FusedRouter(), ()) is None
+        assert find_owner(FusedRouter(), None) is None
 
     def test_other_instances_and_the_type_of_the_owner_stay(self) -> None:
         config = tiny_config("gpt_oss")

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes, load_model, quantize_model
+from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
 Layout = Literal["float32", "4bit", "mxfp4", "raw"]  # raw: float32 in the Hugging Face layout
 Config = dict[str, Any]
@@ -26,10 +26,14 @@ Weights = dict[str, mx.array]
 MODEL_TYPES = ("qwen2_moe", "mixtral", "deepseek_v2", "phimoe", "qwen3_moe", "olmoe", "gpt_oss")
 IN_PLACE_RAW = tuple(t for t in MODEL_TYPES if t != "gpt_oss")  # raw Hugging Face layouts that are read in place
 ROUTER_SCALE = 4.0
+ROUTER_WEIGHT = re.compile(r"\.(gate|router|classifier)(\.(wg|layer|proj|gate|gate_proj))?\.weight$")
 EOS = 256  # the bytes are tokens 0 to 255
 
 _CONFIGS: dict[str, Config] = json.loads((Path(__file__).parent / "tiny_moe_configs.json").read_text())
 _P2_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+ALL_TYPES = tuple(sorted(_CONFIGS))
 
 
 def tiny_config(model_type: str, **changes: Any) -> Config:
@@ -55,7 +59,7 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
         values = rng.standard_normal(shape)
         if len(shape) > 1:
             scale = 1.0 if "embed_tokens" in path else shape[-1] ** -0.5
-            scale *= ROUTER_SCALE if re.search(r"\.(gate|router)\.weight$", path) else 1.0
+            scale *= ROUTER_SCALE if ROUTER_WEIGHT.search(path) else 1.0
             values *= scale
         else:
             values = values * 0.1 + (1.0 if path.endswith("norm.weight") else 0.0)
@@ -63,6 +67,11 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
     model.update(tree_unflatten(weights))
     model.eval()
     return model
+
+
+def model_weights(config: Config, seed: int = 0) -> Weights:
+    """The parameters of `build_model` by name."""
+    return dict(tree_flatten(build_model(config, seed).parameters()))
 
 
 def write_checkpoint(
@@ -182,6 +191,16 @@ class Shelf:
             config = tiny_config(model_type, **changes)
             self._paths[key] = write_checkpoint(self.folder / key, config, layout, tokenizer=True)
         return self._paths[key]
+
+    def saved(self, model_type: str, **changes: Any) -> Path:
+        """A float32 model without tokenizer, saved by mlx-lm itself; `changes` replace keys of its config."""
+        path = self.folder / "-".join([model_type, "saved", *(f"{k}={v}" for k, v in sorted(changes.items()))])
+        if not path.exists():
+            path.mkdir()
+            config = tiny_config(model_type, **changes)
+            save_model(path, build_model(config), donate_model=True)
+            save_config(config, path / "config.json")
+        return path
 
     def stock(self, path: Path) -> nn.Module:
         """The model in `path` as mlx-lm loads it. Do not change it: it is shared."""

@@ -1,0 +1,36 @@
+"""What others may watch while a model runs: every routing decision of every MoE layer, on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Scores = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RoutedCall:
+    """One call of a MoE layer with T tokens; E counts what the router ranks.
+
+    z: [T, E], what it ranks by, -inf for experts that it ruled out; None if this router cannot be observed.
+    p: [T, E] its probabilities, None like z. own: [T, k], its own selection. used: [T, k'], the experts that ran.
+    steps: the tokens were routed one after the other though they went through the layer together.
+    """
+
+    layer: int  # number of the MoE layer
+    phase: str  # "prefill" or "decode"
+    z: Scores | None
+    p: Scores | None
+    own: Ids
+    used: Ids
+    steps: bool = False
+
+
+class Observer(Protocol):
+    """Receives the calls in the order in which they happen."""
+
+    def observe(self, call: RoutedCall) -> None: ...
