@@ -54,6 +54,15 @@ def resolve_model(path_or_repo: str, *, revision: str | None = None, progress: b
     Raises HubError when there is no such folder or the download fails, UsageError for a `revision` that is
     empty or given with a local folder.
     """
+    found = find_model(path_or_repo, revision=revision)
+    return found if isinstance(found, Path) else _download(found, revision, progress)
+
+
+def find_model(path_or_repo: str, *, revision: str | None = None) -> Path | str:
+    """The local folder that `path_or_repo` names, or the id of the Hugging Face repo; nothing is requested.
+
+    Raises HubError when it is neither, UsageError as resolve_model does.
+    """
     if revision is not None and not revision.strip():
         raise UsageError("the revision is empty: give a branch, a tag or a commit hash, or leave it out")
     name = path_or_repo.strip()
@@ -66,7 +75,7 @@ def resolve_model(path_or_repo: str, *, revision: str | None = None, progress: b
         raise HubError(f"{name!r} is not a folder: give the folder that holds the model's config.json")
     _refuse_path(name, revision)
     _check_repo_id(name)
-    return _download(name, revision, progress)
+    return name
 
 
 def _local_folder(folder: Path, revision: str | None) -> Path:
@@ -112,24 +121,24 @@ def _download(repo_id: str, revision: str | None, progress: bool) -> Path:
 
     show_bars = progress and sys.stderr is not None and sys.stderr.isatty()
     try:
-        with _progress_bars(show_bars) as bar_class:
+        with progress_bars(show_bars) as bar_class:
             snapshot = huggingface_hub.snapshot_download(
                 repo_id, revision=revision, allow_patterns=list(MODEL_FILES), tqdm_class=bar_class
             )
     # The library lets errors of its HTTP client, of its xet client and of the JSON parser through; whatever
     # it is, the user needs the same thing: one line that says what to do.
     except Exception as error:
-        raise HubError(_explain(error, repo_id, revision)) from error
+        raise HubError(explain_failure(error, repo_id, revision)) from error
     folder = Path(snapshot)
     if not (folder / "config.json").is_file():
-        raise HubError(f"{_label(repo_id, revision)} has no config.json: {_OTHER_REPO}")
+        raise HubError(no_config(repo_id, revision))
     if not any(folder.glob("model*.safetensors")):
-        raise HubError(f"{_label(repo_id, revision)} has no model*.safetensors files: {_OTHER_REPO}")
+        raise HubError(no_shards(repo_id, revision))
     return folder
 
 
 @contextmanager
-def _progress_bars(show: bool) -> Iterator[type[Any]]:
+def progress_bars(show: bool) -> Iterator[type[Any]]:
     """A progress bar class for one download; its bars are gone from the screen when the block ends.
 
     Handing over a class leaves huggingface-hub's process-wide setting alone. The library itself leaves bars
@@ -154,11 +163,21 @@ def _progress_bars(show: bool) -> Iterator[type[Any]]:
             bar.close()
 
 
+def no_config(repo_id: str, revision: str | None) -> str:
+    """The message for a repo without config.json."""
+    return f"{_label(repo_id, revision)} has no config.json: {_OTHER_REPO}"
+
+
+def no_shards(repo_id: str, revision: str | None) -> str:
+    """The message for a repo without shards that mlx-lm would load."""
+    return f"{_label(repo_id, revision)} has no model*.safetensors files: {_OTHER_REPO}"
+
+
 def _label(repo_id: str, revision: str | None) -> str:
     return f"Hugging Face repo '{repo_id}'" + (f" at revision {revision!r}" if revision is not None else "")
 
 
-def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
+def explain_failure(error: Exception, repo_id: str, revision: str | None) -> str:
     """One line for an error raised by huggingface-hub: what happened and what to do."""
     from huggingface_hub import constants
 

@@ -14,6 +14,7 @@ import re
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,6 +61,7 @@ class FakeHub:
         self.failing: dict[str, int] = {}
         self.rejected_tokens: set[str] = set()
         self.requests: list[LoggedRequest] = []
+        self.sent: Counter[str] = Counter()  # file name -> bytes of its content that were sent
         self._cuts: dict[str, Cut] = {}
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
@@ -128,6 +130,11 @@ class FakeHub:
     def forget_requests(self) -> None:
         with self._lock:
             self.requests.clear()
+            self.sent.clear()
+
+    def count_sent(self, file: str, size: int) -> None:
+        with self._lock:
+            self.sent[file] += size
 
 
 def is_large(name: str) -> bool:
@@ -218,18 +225,21 @@ def _handler_for(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             return self._refuse(404, None, "no such object")
 
         def _content(self, name: str, content: bytes, headers: dict[str, str]) -> None:
-            """Send `content`, or the rest of it when the request has a Range of the form bytes=N-."""
-            status, start = 200, 0
-            if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            """Send `content`, or a part of it when the request has a Range of the form bytes=N- or bytes=N-M."""
+            status, start, stop = 200, 0, len(content)
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
                 status, start = 206, int(wanted[1])
                 if start >= len(content):
                     return self._send(416, {"Content-Range": f"bytes */{len(content)}"})
-                headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+                stop = min(stop, int(wanted[2]) + 1) if wanted[2] else stop
+                headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
             headers = {**headers, "Accept-Ranges": "bytes"}
             cut = hub.take_cut(name) if self.command == "GET" else None
+            if self.command == "GET":
+                hub.count_sent(name, stop - start if cut is None else min(cut.after, stop - start))
             if cut is None:
-                return self._send(status, headers, content[start:])
-            self._send(status, headers, content[start:], stop_after=cut.after)
+                return self._send(status, headers, content[start:stop])
+            self._send(status, headers, content[start:stop], stop_after=cut.after)
             self.close_connection = True
             if cut.reset:
                 self.wfile.flush()
