@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from .errors import UsageError
-from .eviction import EVICTION
+from .eviction import EVICTION, make_policy
 
 KV_BITS = (2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
@@ -98,6 +98,15 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
     return convert
 
 
+def eviction_spec(text: str) -> str:
+    """A converter to the spec of an eviction policy, such as lfu or decay:0.98."""
+    try:
+        make_policy(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def one_of(*allowed: object) -> Callable[[str], Any]:
     """A converter that accepts the `allowed` values only, and proposes the closest."""
     values = {str(value): value for value in allowed}
@@ -159,10 +168,11 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--eviction",
-        type=one_of(*EVICTION),
+        type=eviction_spec,
         default="lru",
         metavar="|".join(EVICTION),
-        help="which expert gives up its slot: the least recently or the least frequently used (default: %(default)s)",
+        help="which expert gives up its slot: the least recently used, the least often used (lfu; with decay[:D] "
+        "counts fade by D per token), or by both (lfru) (default: %(default)s)",
     )
     group.add_argument(
         "--direct-io",
@@ -205,8 +215,9 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--routing",
         metavar="NAME",
-        help="cache-prior (prefer experts in memory) or original (the model's own choice); parameters may follow, as "
-        "in cache-prior:strength=0.05,j=1 (default: cache-prior)",
+        help="cache-prior (prefer experts in memory), price, mass-budget, bounded-regret, max-rank, cumsum, pruning "
+        "or original (the model's own choice); parameters may follow, as in cache-prior:strength=0.05,j=1 or "
+        "price:delta=0.02 (default: cache-prior)",
     )
     group.add_argument(
         "--exact", action="store_true", help="the same as --routing original: replies are those of the unchanged model"
@@ -215,13 +226,30 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength",
         type=number(0),
         metavar="LAMBDA",
-        help="of the preference, the paper's λ; 0 is exact (default: 0.1, less if under a third of the experts fit)",
+        help="of the preference, the paper's λ; 0 is exact (default: 0.1, less if under a third of the experts fit); "
+        "cache-prior only",
     )
     group.add_argument(
         "--top-j",
         type=whole(0),
         metavar="J",
-        help="each token's J best experts are always taken (default: 2, or 1 if a token uses fewer than 4)",
+        help="each token's J best experts are always taken (default: 2; 1 if a token uses 2 or 3 or with "
+        "price; 0 if it uses 1)",
+    )
+
+
+def add_watching_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("watching the routing")
+    group.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="append every routing decision to this file, for mlx_moecache simulate and plot (default: none)",
+    )
+    group.add_argument(
+        "--dry-run-strength",
+        type=number(0),
+        metavar="LAMBDA",
+        help="reply exactly, and count what cache-prior of this strength would have swapped and saved (default: off)",
     )
 
 

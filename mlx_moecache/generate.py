@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -22,8 +22,9 @@ from .demo import DEMO_NAME, demo_model
 from .errors import UsageError
 from .interrupt import Interrupt, Interrupted
 from .prompt import Prompt, check_prompt, parse_template_options, read_text, tokenise
-from .report import CacheUse, MemoryUse, Reply, as_json, statistics
+from .report import Reply, as_json, statistics
 from .terminal import StatusLine, is_terminal, write_notes
+from .watching import check_watching, dry_run_line, watching
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -59,6 +60,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     _add_prompt_arguments(parser)
     arguments.add_memory_arguments(parser)
     arguments.add_routing_arguments(parser)
+    arguments.add_watching_arguments(parser)
     arguments.add_sampling_arguments(parser)
     _add_output_arguments(parser)
     arguments.add_refused_arguments(parser)
@@ -76,6 +78,7 @@ class _Ready:
     """A loaded model and everything the reply needs."""
 
     name: str
+    folder: Path
     model: nn.Module
     tokenizer: TokenizerWrapper
     tokens: list[int]
@@ -102,6 +105,7 @@ def _generate(argv: list[str]) -> int:
 def _check(args: argparse.Namespace) -> Prompt:
     """Refuse what can be refused without importing MLX, and read the prompt."""
     arguments.check_contradictions(args)
+    check_watching(args)
     if args.max_tokens == -1 and args.max_kv_size is None:
         raise UsageError("--max-tokens -1 (no limit) needs --max-kv-size: memory for the KV cache is reserved up front")
     prompt = Prompt(
@@ -168,18 +172,27 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
         options.cache_options(args),
     )
     kv_cache = make_prompt_cache(model, max_kv_size=kv.max_size) if saved is None else saved.cache
-    return _Ready(name or DEMO_NAME, model, tokenizer, tokens, cached, kv, kv_cache, sampler, seed, not_charged)
+    return _Ready(name or DEMO_NAME, folder, model, tokenizer, tokens, cached, kv, kv_cache, sampler, seed, not_charged)
 
 
 def _answer(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, status: StatusLine) -> int:
-    reply = _stream(args, ready, interrupt, status)
-    memory, cache, plan = _memory_use(ready), _cache_use(ready.model), ready.model.memory_plan
+    from .usage import cache_use, memory_use
+
+    with watching(args, ready.folder, ready.name, ready.model) as dry_run:
+        reply = _stream(args, ready, interrupt, status)
+    memory = memory_use(ready.model, ready.kv_cache, not_charged=ready.not_charged)
+    cache, plan = cache_use(ready.model), ready.model.memory_plan
+    estimate = None if dry_run is None else dry_run.estimate()
     if args.json:
         run_facts = {"model": ready.name, "seed": ready.seed, "version": __version__}
+        run_facts["dry_run"] = None if estimate is None else {**asdict(estimate), "saved": estimate.saved}
         print(json.dumps({**as_json(reply, memory, cache, plan), **run_facts}, allow_nan=False), flush=True)
     elif args.verbose:
         seed = ready.seed if args.temp > 0 else None
-        write_notes(statistics(reply, memory, cache, plan, seed=seed), sys.stderr)
+        notes = statistics(reply, memory, cache, plan, seed=seed)
+        if estimate is not None:
+            notes.append(dry_run_line(estimate))
+        write_notes(notes, sys.stderr)
     return INTERRUPTED if reply.finish_reason == "interrupt" else 0
 
 
@@ -238,35 +251,6 @@ def _stream(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, statu
         last.generation_tokens,
         last.prompt_tps,
         last.generation_tps if last.generation_tokens > 1 else None,
-    )
-
-
-def _memory_use(ready: _Ready) -> MemoryUse:
-    import mlx.core as mx
-
-    cache = ready.model.expert_cache
-    return MemoryUse(
-        peak=mx.get_peak_memory(),
-        resident=ready.model.memory_plan.resident,
-        slots=cache.nbytes,
-        kv=sum(int(c.nbytes) for c in ready.kv_cache),
-        host_buffers=cache.reader.host_buffer_bytes,
-        not_charged=ready.not_charged,
-    )
-
-
-def _cache_use(model: nn.Module) -> CacheUse:
-    cache = model.expert_cache
-    return CacheUse(
-        stats=cache.stats.copy(),
-        slots_per_layer=tuple(cache.slots_per_layer),
-        experts_per_layer=tuple(cache.experts_per_layer),
-        eviction=cache.layers[0].residents.eviction,
-        routing=cache.strategy.name,
-        strength=getattr(cache.strategy, "strength", None),
-        top_j=getattr(cache.strategy, "top_j", None),
-        io_mode=cache.reader.io_mode,
-        io_note=cache.reader.io_note,
     )
 
 

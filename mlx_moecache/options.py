@@ -26,7 +26,8 @@ def check_before_download(args: argparse.Namespace) -> None:
 
 
 def cache_options(args: argparse.Namespace) -> CacheOptions:
-    routing = "original" if args.exact else args.routing or CacheOptions.routing
+    exact = args.exact or args.dry_run_strength is not None
+    routing = "original" if exact else args.routing or CacheOptions.routing
     return CacheOptions(
         routing=routing, strength=args.strength, top_j=args.top_j, eviction=args.eviction, direct_io=args.direct_io
     )

@@ -49,15 +49,15 @@ class CacheUse:
     experts_per_layer: tuple[int, ...]
     eviction: str
     routing: str
-    strength: float | None  # None: the routing has none
-    top_j: int | None
+    parameters: dict[str, float]  # of the routing, by the names that users type
+    prunes: bool  # it runs fewer experts than the model, which is never exact
     io_mode: str
     io_note: str | None
 
     @property
     def is_exact(self) -> bool:
         """True if routing changed no selection, so that the reply is that of the unchanged model."""
-        return self.stats.swapped == 0
+        return self.stats.swapped == 0 and not self.prunes
 
     @property
     def is_all_resident(self) -> bool:
@@ -94,8 +94,9 @@ def as_json(reply: Reply, memory: MemoryUse, cache: CacheUse, plan: MemoryPlan) 
         "experts_per_layer": list(cache.experts_per_layer),
         "eviction": cache.eviction,
         "routing": cache.routing,
-        "strength": cache.strength,
-        "top_j": cache.top_j,
+        "strength": cache.parameters.get("strength"),
+        "top_j": cache.parameters.get("j"),
+        "routing_parameters": cache.parameters,
         "exact": cache.is_exact,
         "io_mode": cache.io_mode,
         "io_note": cache.io_note,
@@ -129,7 +130,7 @@ def _tokens_line(reply: Reply, memory: MemoryUse, seed: int | None) -> str:
 def _expert_lines(reply: Reply, cache: CacheUse) -> list[str]:
     layers = f"{_range(cache.slots_per_layer)}/{_range(cache.experts_per_layer)} per layer"
     if cache.is_all_resident:
-        return [f"experts  all resident ({layers}) · exact"]
+        return [f"experts  all resident ({layers}) · {_routing(cache) if cache.prunes else 'exact'}"]
     prefill, decode = cache.stats.prefill, cache.stats.decode
     parts = []
     if decode.selections:
@@ -151,7 +152,10 @@ def _hits(stats: PhaseStats) -> str:
 def _routing(cache: CacheUse) -> str:
     if cache.routing == "original":
         return "exact"
-    name = f"{cache.routing} λ={cache.strength:.3g} J={cache.top_j}"
+    symbols = {"strength": "λ", "j": "J", "m": "M", "p": "P", "k": "K", "delta": "δ", "epsilon": "ε"}
+    name = " ".join([cache.routing, *(f"{symbols.get(key, key)}={x:.3g}" for key, x in cache.parameters.items())])
+    if cache.prunes:
+        return name
     if cache.is_exact:
         return f"{name}, nothing swapped: exact"
     return f"{name}, {cache.stats.decode.swapped_share:.1%} of selections swapped"

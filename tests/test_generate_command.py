@@ -34,6 +34,7 @@ from mlx_moecache.generate import main
 from mlx_moecache.interrupt import Interrupt, Interrupted
 from mlx_moecache.reader import ExpertReader
 from mlx_moecache.report import CacheUse, MemoryUse, Reply, statistics
+from mlx_moecache.simulate import main as simulate
 from mlx_moecache.stats import CacheStats, PhaseStats
 from mlx_moecache.terminal import StatusLine, make_streams_safe, write_notes
 
@@ -233,6 +234,51 @@ def test_json_leaves_what_was_not_measured_null(command: Run) -> None:
     assert result["exact"] is True and result["routing"] == "original"
 
 
+def test_a_trace_is_recorded_and_replayed_to_the_same_counts(
+    command: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = str(tmp_path / "routing.trace")
+    facts = json.loads(command(*SMALL, "--exact", "--trace", trace, "--json").out)
+    assert facts["exact"]
+    assert simulate([trace, "--slots", "20", "--eviction", "lru", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)["results"][0]
+    assert (replayed["selections"], replayed["misses"]) == (facts["decode"]["selections"], facts["decode"]["misses"])
+    again = json.loads(command(*SMALL, "--trace", trace + "2", "--json").out)
+    assert not again["exact"]
+    assert (tmp_path / "routing.trace2").stat().st_size > 0
+
+
+def test_a_trace_of_another_run_is_not_overwritten(command: Run, refused: Callable[..., str], tmp_path: Path) -> None:
+    trace = tmp_path / "routing.trace"
+    command(*SMALL, "--exact", "--trace", str(trace))
+    before = trace.read_bytes()
+    assert "trace of another run" in refused(*SMALL, "--trace", str(trace))
+    assert trace.read_bytes() == before
+    trace.write_text("notes")
+    assert "not a trace" in refused(*SMALL, "--trace", str(trace))
+    assert trace.read_text() == "notes"
+    assert "cannot write the trace" in refused(*SMALL, "--trace", str(tmp_path / "no" / "x"))
+
+
+def test_a_dry_run_replies_exactly_and_says_what_the_bias_would_do(command: Run, refused: Callable[..., str]) -> None:
+    plain = command(*SMALL, "--exact")
+    dry = command(*SMALL, "--dry-run-strength", "0.5")
+    assert dry.out == plain.out
+    assert re.search(
+        r"dry run  cache-prior:strength=0.5,j=2 would have swapped [\d.]+% of selections and saved \d+% of", dry.err
+    )
+    facts = json.loads(command(*SMALL, "--dry-run-strength", "0.5", "--json").out)
+    estimate, decode = facts["dry_run"], facts["decode"]
+    assert facts["exact"] and estimate["swapped"] > 0
+    # The shadow cache of exact routing meets what the real one met.
+    assert (estimate["selections"], estimate["misses_exact"]) == (decode["selections"], decode["misses"])
+    assert estimate["saved"] == estimate["misses_exact"] - estimate["misses_biased"] > 0
+    none = json.loads(command(*SMALL, "--dry-run-strength", "0", "--json").out)["dry_run"]
+    assert (none["swapped"], none["saved"]) == (0, 0)
+    assert "there is nothing to swap" in command("--slots", "60", "-m", "4", "--dry-run-strength", "0.5").err
+    assert "leaves routing exact" in refused("--dry-run-strength", "0.1", "--routing", "price")
+
+
 def test_without_a_seed_sampling_reports_the_one_it_drew(command: Run) -> None:
     sampled = [*SMALL, "--temp", "1", "--json"]
     first, second = figures(command(*sampled)), figures(command(*sampled))
@@ -256,8 +302,8 @@ def test_differing_slots_bytes_and_thousands_are_written_for_people() -> None:
         (64, 64),
         "lru",
         "cache-prior",
-        0.05,
-        2,
+        {"strength": 0.05, "j": 2},
+        False,
         "fadvise",
         "no direct I/O here",
     )
@@ -309,7 +355,7 @@ def test_standard_input_that_is_not_text_is_refused(
         (["--slots", "3"], "use --slots 4 or more"),
         (["--model", "/no/such/folder"], "no such folder"),
         (["--model", "someone/else", "--memory", "lots"], "not a memory size"),  # before any download
-        (["--model", "someone/else", "--routing", "cache"], "unknown routing 'cache' (choose cache-prior, original)"),
+        (["--model", "someone/else", "--routing", "cache"], "unknown routing 'cache' (choose cache-prior, price, "),
         (["--routing", "cache-prior:strength=0.1", "--strength", "0.2"], "given twice"),
         (["--top-j", "5"], "at most the model's 4"),
         (["--top-k", "4096"], "--top-k must be below"),
