@@ -1,7 +1,15 @@
-"""Text that the model was not trained on: the ends of text files, cut into windows of token ids."""
+"""Text that the model was not trained on: the ends of text files, cut into windows of token ids.
+
+    python benchmarks/held_out.py --text simple_stories.txt ts_truecased_extra.txt --out held_out.txt
+
+writes the documents of these ends, shuffled, into one file for `mlx_moecache evaluate` and `mlx_moecache sweep`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,3 +63,26 @@ def text_windows(paths: Sequence[Path], tokenizer: TokenizerWrapper, *, tail: fl
     ids = np.asarray(stream, dtype=np.int32)
     starts = np.linspace(0, len(ids) - 1 - length, num=count).astype(int)
     return np.stack([ids[s : s + length + 1] for s in starts])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the held-out documents of text files into one file.")
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--tail", type=float, default=0.03, help="share of each file (default: %(default)s)")
+    parser.add_argument("--piece", type=int, default=2000, help="characters at which long documents are cut")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    try:
+        documents = [d for path in args.text for d in held_out(path, args.tail)]
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    pieces = [d[i : i + args.piece] for d in documents for i in range(0, len(d), args.piece)]
+    random.Random(0).shuffle(pieces)
+    args.out.write_text(END.join(pieces), encoding="utf-8")
+    print(f"{args.out}: {len(pieces)} pieces, {sum(map(len, pieces)):,} characters", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
