@@ -18,10 +18,10 @@ from held_out import Ids
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
+from mlx_moecache.checkpoints.reader import EmulatedFlash
 from mlx_moecache.errors import UsageError
 from mlx_moecache.expert_cache import ExpertCache
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
-from mlx_moecache.reader import EmulatedFlash
 
 SEGMENT = 16  # tokens that are timed at once
 BLOCK = 2 * SEGMENT  # tokens: one segment forwards through the strengths, one backwards

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 import mlx_moecache
+from mlx_moecache.checkpoints.hub import resolve_model
 from mlx_moecache.demo import DEMO_NAME, demo_model
 from mlx_moecache.errors import MoeCacheError
-from mlx_moecache.hub import resolve_model
 
 Array = npt.NDArray[np.float64]
 DRAWS = 1000

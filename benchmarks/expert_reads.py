@@ -28,10 +28,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlx_moecache.checkpoint import CheckpointIndex, read_index
-from mlx_moecache.direct_io import open_shards
-from mlx_moecache.expert_layout import ComponentSpec, LayerExtents, locate_experts
-from mlx_moecache.reader import ExpertReader, ReadRequest
+from mlx_moecache.checkpoints.checkpoint import CheckpointIndex, read_index
+from mlx_moecache.checkpoints.direct_io import open_shards
+from mlx_moecache.checkpoints.expert_layout import ComponentSpec, LayerExtents, locate_experts
+from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
 from mlx_moecache.slots import SlotPool
 
 HIDDEN, INTERMEDIATE, EXPERTS, GROUP = 2048, 1408, 60, 64

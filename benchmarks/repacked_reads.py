@@ -44,11 +44,11 @@ from expert_reads import (
 )
 from tqdm import tqdm
 
-from mlx_moecache.checkpoint import CheckpointIndex, read_index
-from mlx_moecache.expert_layout import LayerExtents, locate_experts
-from mlx_moecache.reader import ExpertReader, ReadRequest
-from mlx_moecache.repack_plan import ExpertLayer, plan_repack
-from mlx_moecache.repacking import Repacker
+from mlx_moecache.checkpoints.checkpoint import CheckpointIndex, read_index
+from mlx_moecache.checkpoints.expert_layout import LayerExtents, locate_experts
+from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
+from mlx_moecache.checkpoints.repack_plan import ExpertLayer, plan_repack
+from mlx_moecache.checkpoints.repacking import Repacker
 from mlx_moecache.slots import SlotPool
 
 LAYOUTS = ("stock", "repacked")

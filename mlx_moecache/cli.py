@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from . import __version__
-from .arguments import did_you_mean
-from .command import run
+from .console.arguments import did_you_mean
+from .console.command import run
 from .errors import UsageError
 
 COMMANDS = {  # name of the command and of its module -> what it does

@@ -12,20 +12,20 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import arguments
-from .command import INTERRUPTED, run
+from .console import arguments
+from .console.command import INTERRUPTED, run
+from .console.terminal import StatusLine, is_terminal
 from .demo import DEMO_NAME, demo_model
 from .errors import MoeCacheError, UsageError
-from .evaluation_data import HARNESS, TASKS, Request, read_material
 from .eviction import EVICTION
-from .result_metrics import Unit
-from .result_table import RunningMetric, heading, table
-from .results import Results, Run, as_json, load, save
-from .terminal import StatusLine, is_terminal
-from .text_windows import WINDOW
+from .study.evaluation_data import HARNESS, TASKS, Request, read_material
+from .study.result_metrics import Unit
+from .study.result_table import RunningMetric, heading, table
+from .study.results import Results, Run, as_json, load, save
+from .study.text_windows import WINDOW
 
 if TYPE_CHECKING:
-    from .evaluation_session import Session
+    from .study.evaluation_session import Session
 
 DEMO = "demo"
 DEFAULT_ROUTING = ("original", "cache-prior")
@@ -207,9 +207,9 @@ def open_session(args: argparse.Namespace) -> Session:
     with StatusLine(sys.stderr, enabled=not args.json) as status, redirect_stdout(sys.stderr):
         # Model code that users trust may print; stdout is for the results alone.
         status.show("loading ...")
-        from .evaluation_session import ModelOptions, Session
-        from .hub import resolve_model
+        from .checkpoints.hub import resolve_model
         from .loading import budget_here
+        from .study.evaluation_session import ModelOptions, Session
 
         if args.memory is not None:
             budget_here(args.memory)  # before anything is fetched

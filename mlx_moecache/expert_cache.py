@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal
 
+from .checkpoints.expert_layout import ComponentSpec, LayerExtents
+from .checkpoints.reader import ExpertReader, ReadRequest
 from .errors import BudgetError, ReadError, UsageError
-from .expert_layout import ComponentSpec, LayerExtents
 from .observer import Observer
-from .reader import ExpertReader, ReadRequest
 from .residents import Load, Residents
 from .routing import Original, RunningRange, Strategy
 from .seam import SelectionSeam

@@ -16,15 +16,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from . import __version__, arguments
-from .command import INTERRUPTED, run
+from . import __version__
+from .console import arguments
+from .console.command import INTERRUPTED, run
+from .console.interrupt import Interrupt, Interrupted
+from .console.prompt import Prompt, check_prompt, parse_template_options, read_text, tokenise
+from .console.report import Reply, as_json, statistics
+from .console.terminal import StatusLine, is_terminal, write_notes
+from .console.watching import check_watching, dry_run_line, watching
 from .demo import DEMO_NAME, demo_model
 from .errors import UsageError
-from .interrupt import Interrupt, Interrupted
-from .prompt import Prompt, check_prompt, parse_template_options, read_text, tokenise
-from .report import Reply, as_json, statistics
-from .terminal import StatusLine, is_terminal, write_notes
-from .watching import check_watching, dry_run_line, watching
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -124,10 +125,11 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from . import options, system
+    from . import system
+    from .checkpoints.hub import resolve_model
+    from .console import options
+    from .console.kv_file import read_saved_prompt
     from .footprint import KV_STEP
-    from .hub import resolve_model
-    from .kv_file import read_saved_prompt
     from .loading import MemoryOptions, OpenedModel
 
     options.check_before_download(args)
@@ -176,7 +178,7 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
 
 
 def _answer(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, status: StatusLine) -> int:
-    from .usage import cache_use, memory_use
+    from .console.usage import cache_use, memory_use
 
     with watching(args, ready.folder, ready.name, ready.model) as dry_run:
         reply = _stream(args, ready, interrupt, status)

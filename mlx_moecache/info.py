@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from . import __version__, arguments
-from .command import run
+from . import __version__
+from .console import arguments
+from .console.command import run
+from .console.terminal import StatusLine, is_terminal
 from .demo import DEMO_NAME, demo_model
 from .errors import MoeCacheError
-from .terminal import StatusLine, is_terminal
 
 HIT_RATES = (50.0, 80.0, 90.0, 95.0)  # percent
 DEMO = "demo"
@@ -95,9 +96,9 @@ def _info(argv: list[str]) -> int:
     hit_rates = [rate / 100 for rate in args.hit_rate or HIT_RATES]
     with StatusLine(sys.stderr, enabled=not args.json) as status, redirect_stdout(sys.stderr):
         # Model code that users trust may print; stdout is for the facts alone.
+        from .console.memory_table import budget_rows
+        from .console.model_summary import summarise
         from .loading import OpenedModel
-        from .memory_table import budget_rows
-        from .model_summary import summarise
 
         bundled = args.model == DEMO and not Path(DEMO).exists()
         name = DEMO_NAME if bundled else args.model
@@ -107,7 +108,7 @@ def _info(argv: list[str]) -> int:
             opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
             summary = summarise(opened)
             rows = budget_rows(opened, max_context=args.max_context, asked=args.memory)
-    from . import info_report
+    from .console import info_report
 
     if args.json:
         facts = info_report.as_json(summary, rows, hit_rates, max_context=args.max_context)
@@ -121,8 +122,8 @@ def _info(argv: list[str]) -> int:
 @contextmanager
 def _model_folder(source: str, args: argparse.Namespace, status: StatusLine) -> Iterator[Path]:
     """The folder of the model, or a skeleton of it in which errors name the repo instead of the temporary folder."""
-    from .hub_headers import resolve_headers
-    from .skeleton import skeleton
+    from .checkpoints.hub_headers import resolve_headers
+    from .checkpoints.skeleton import skeleton
 
     status.clear()  # fetching draws its own bar
     found = resolve_headers(

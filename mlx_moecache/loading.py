@@ -22,17 +22,17 @@ from mlx_lm.utils import load_tokenizer
 
 from . import architectures, footprint, system
 from .budget import LayerShape, MemoryPlan, parse_memory, plan_memory
-from .checkpoint import read_index
+from .checkpoints.checkpoint import read_index
+from .checkpoints.expert_layout import LayerExtents, locate_experts
+from .checkpoints.expert_major import read_manifest
+from .checkpoints.hub import resolve_model
+from .checkpoints.reader import EmulatedFlash, ExpertReader
+from .checkpoints.skeleton import write_sparse
 from .errors import CheckpointError, MoeCacheError, UnsupportedModelError, UsageError
 from .expert_cache import ExpertCache, LayerExperts
-from .expert_layout import LayerExtents, locate_experts
-from .expert_major import read_manifest
 from .footprint import KVOptions
-from .hub import resolve_model
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
-from .reader import EmulatedFlash, ExpertReader
 from .routing import Original, Strategy, parse_routing
-from .skeleton import write_sparse
 
 DEFAULT_MAX_CONTEXT = 4096  # tokens of KV cache that are reserved where the need is not known
 

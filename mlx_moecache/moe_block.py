@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
+from .checkpoints.expert_layout import ComponentSpec
 from .errors import UnsupportedModelError
 from .expert_cache import ExpertCache, LayerExperts
-from .expert_layout import ComponentSpec
 from .observer import RoutedCall, Scores
 from .residents import Wave
 from .routing import Original, RunningRange, probabilities

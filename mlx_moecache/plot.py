@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import arguments
-from .command import run
+from .console import arguments
+from .console.command import run
+from .console.terminal import StatusLine
 from .errors import UsageError
-from .figure_data import METRICS, is_simulation, measured, merge, simulated_miss_rates, usable
-from .figure_style import require_matplotlib, write
-from .results import Results, load
-from .terminal import StatusLine
+from .study.figure_data import METRICS, is_simulation, measured, merge, simulated_miss_rates, usable
+from .study.figure_style import require_matplotlib, write
+from .study.results import Results, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,7 +171,7 @@ def _pictures(args: argparse.Namespace, files: Sequence[Path], *, single: bool) 
 
 
 def _of_results(results: Results, what: str | None, metric: str | None, wanted: bool) -> list[_Picture]:
-    from . import figures
+    from .study import figures
 
     pictures = []
     metrics = [METRICS[metric]] if metric is not None else measured(results)
@@ -188,14 +188,14 @@ def _of_results(results: Results, what: str | None, metric: str | None, wanted: 
 
 
 def _simulated(file: Path) -> Figure:
-    from . import figures
+    from .study import figures
 
     return figures.miss_rate_figure(*simulated_miss_rates(file))
 
 
 def _heatmap(file: Path) -> Figure:
-    from . import figures
-    from .trace import read_trace
+    from .study import figures
+    from .study.trace import read_trace
 
     trace = read_trace(file)
     if trace.note is not None:
@@ -205,7 +205,7 @@ def _heatmap(file: Path) -> Figure:
 
 def is_trace(file: Path) -> bool:
     """Whether a file begins as traces do. Files that cannot be read are left to whoever reads them as results."""
-    from .trace_format import MAGIC
+    from .study.trace_format import MAGIC
 
     try:
         with file.open("rb") as stream:

@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import arguments
 from .budget import format_bytes
-from .command import INTERRUPTED, run
+from .checkpoints.expert_major import Manifest, read_manifest
+from .console import arguments
+from .console.command import INTERRUPTED, run
+from .console.terminal import StatusLine, is_terminal
 from .demo import DEMO_NAME, demo_model
 from .errors import CheckpointError, UsageError
-from .expert_major import Manifest, read_manifest
-from .terminal import StatusLine, is_terminal
 
 if TYPE_CHECKING:
-    from .repack_plan import RepackPlan
-    from .repacking import Advance, Repacker
+    from .checkpoints.repack_plan import RepackPlan
+    from .checkpoints.repacking import Advance, Repacker
 
 DESCRIPTION = """Write a copy of a Mixture-of-Experts model in which all tensors of an expert lie side by side.
 
@@ -78,7 +78,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _repack(args: argparse.Namespace, out: Path) -> int:
-    from .repacking import Repacker
+    from .checkpoints.repacking import Repacker
 
     plan = _plan(args)
     repacker = Repacker(plan, out)
@@ -102,9 +102,9 @@ def _repack(args: argparse.Namespace, out: Path) -> int:
 def _plan(args: argparse.Namespace) -> RepackPlan:
     with StatusLine(sys.stderr) as status:
         status.show("loading ...")
-        from .hub import resolve_model
+        from .checkpoints.hub import resolve_model
+        from .checkpoints.repack_plan import ExpertLayer, plan_repack
         from .loading import OpenedModel
-        from .repack_plan import ExpertLayer, plan_repack
 
         is_demo = args.model == "demo" and not Path("demo").is_dir()
         status.clear()  # a download draws its own bars
@@ -128,7 +128,7 @@ def _continue(repacker: Repacker) -> tuple[int, list[str]]:
 
 
 def _verify(out: Path) -> int:
-    from .repacking import verify
+    from .checkpoints.repacking import verify
 
     manifest = read_manifest(out)
     if manifest is None:

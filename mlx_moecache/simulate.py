@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from . import __version__, arguments
+from . import __version__
 from .budget import parse_memory
-from .command import run
+from .console import arguments
+from .console.command import run
+from .console.terminal import StatusLine, write_notes
 from .errors import UsageError
-from .terminal import StatusLine, write_notes
 
 if TYPE_CHECKING:
-    from .trace import Trace
+    from .study.trace import Trace
 
 T = TypeVar("T")
 EVICTIONS = ["lru", "lfu", "decay", "lfru", "belady"]
@@ -141,9 +142,9 @@ def _simulate(argv: list[str]) -> int:
         )
     if not args.trace.is_file():
         raise UsageError(f"no trace at {args.trace}; record one with mlx_moecache generate --trace FILE")
-    from .simulation import Device, settings, shared_settings, simulate, simulate_shared
-    from .simulation_report import as_json, table
-    from .trace import read_trace
+    from .study.simulation import Device, settings, shared_settings, simulate, simulate_shared
+    from .study.simulation_report import as_json, table
+    from .study.trace import read_trace
 
     with StatusLine(sys.stderr, enabled=not args.json) as status:
         status.show("reading the trace ...")

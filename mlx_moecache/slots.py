@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .checkpoints.expert_layout import ComponentSpec
 from .errors import UnsupportedModelError
-from .expert_layout import ComponentSpec
 
 MAX_ELEMENTS = 2**31 - 1  # MLX shapes are int32
 

@@ -17,9 +17,7 @@ class PhaseStats:
     selections: int = 0
     hits: int = 0
     misses: int = 0
-    loads: int = (
-        0  # experts read; at decode equal to misses, in prefill an expert is read once for many tokens
-    )
+    loads: int = 0  # experts read; at decode equal to misses, in prefill an expert is read once for many tokens
     bytes_read: int = 0
     read_seconds: float = 0.0  # wall time spent waiting for reads
     swapped: int = 0  # selections that routing changed: not among the router's own top-k

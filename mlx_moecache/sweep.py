@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
-from . import arguments
-from .command import INTERRUPTED, run
+from .console import arguments
+from .console.command import INTERRUPTED, run
+from .console.terminal import is_terminal
 from .errors import MoeCacheError, UsageError
 from .evaluate import add_evaluation_arguments, open_session
-from .result_table import heading, table
-from .results import Results, Run, as_json
-from .sweep_progress import SweepProgress
-from .terminal import is_terminal
+from .study.result_table import heading, table
+from .study.results import Results, Run, as_json
+from .study.sweep_progress import SweepProgress
 
 if TYPE_CHECKING:
-    from .evaluation_session import Session
-    from .sweep_grid import Family, GridRun
+    from .study.evaluation_session import Session
+    from .study.sweep_grid import Family, GridRun
 
 EXAMPLES = """examples:
   mlx_moecache sweep demo --task text --data stories.txt --window 256 --limit 20 --output results.json
@@ -77,7 +77,7 @@ def _sweep(argv: list[str]) -> int:
     args = setup_arg_parser().parse_args(argv)
     if args.output is None and not args.dry_run:
         raise UsageError("a sweep takes long, so it needs --output FILE to keep what it has measured")
-    from .sweep_grid import check
+    from .study.sweep_grid import check
 
     evictions = _items(args.eviction, "--eviction")
     args.routing = [x for r in args.routing for x in (_items(r, "--routing") if ":" not in r else [r])]
@@ -93,7 +93,7 @@ def _sweep(argv: list[str]) -> int:
 
 
 def _blocks(args: argparse.Namespace, session: Session, evictions: Sequence[str]) -> list[list[GridRun]]:
-    from .sweep_grid import default_families, default_slots, expand, make_grid, parse_slots
+    from .study.sweep_grid import default_families, default_slots, expand, make_grid, parse_slots
 
     k, experts = session.k, session.experts
     defaults = default_families(k=k, experts=experts)

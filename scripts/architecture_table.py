@@ -20,7 +20,7 @@ from mlx_moecache.architectures import (
     UNSUPPORTED,
     Architecture,
 )
-from mlx_moecache.command import run
+from mlx_moecache.console.command import run
 from mlx_moecache.errors import UsageError
 
 README = Path(__file__).parent.parent / "README.md"

@@ -97,9 +97,7 @@ def write_checkpoint(model: Model, config: dict[str, Any], tokenizer: Path, to: 
     with tempfile.TemporaryDirectory(dir=to.parent) as staged:
         stage = Path(staged)
         with redirect_stdout(sys.stderr):  # mlx-lm reports the bits per weight
-            model, quantised = quantize_model(
-                model, mlx_config(config), GROUP_SIZE, BITS, quant_predicate=is_quantised
-            )
+            model, quantised = quantize_model(model, mlx_config(config), GROUP_SIZE, BITS, quant_predicate=is_quantised)
         save_model(stage, model)
         (stage / "model.safetensors.index.json").unlink()  # one file needs no index
         save_config(quantised, stage / "config.json")

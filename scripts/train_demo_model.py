@@ -127,9 +127,7 @@ def save_checkpoint(
     os.replace(tmp, path)
 
 
-def restore(
-    path: Path, model: DemoModel, opts: list[torch.optim.Optimizer], settings: Settings, device: str
-) -> int:
+def restore(path: Path, model: DemoModel, opts: list[torch.optim.Optimizer], settings: Settings, device: str) -> int:
     """Load `path` into model and optimisers; returns the number of steps done. Raises RunError."""
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
@@ -147,9 +145,7 @@ def restore(
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: DemoModel, stream: np.ndarray, device: str, windows: int = 40, length: int = 512
-) -> float:
+def held_out_loss(model: DemoModel, stream: np.ndarray, device: str, windows: int = 40, length: int = 512) -> float:
     """Mean nats per token over evenly spaced windows of a held-out stream."""
     starts = np.linspace(0, max(0, len(stream) - length - 1), num=windows).astype(int)
     total = 0.0

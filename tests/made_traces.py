@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_moecache.trace import LayerTrace, Trace, TraceWriter, read_trace
-from mlx_moecache.trace_format import TracedLayer, TraceHeader
+from mlx_moecache.study.trace import LayerTrace, Trace, TraceWriter, read_trace
+from mlx_moecache.study.trace_format import TracedLayer, TraceHeader
 
 E, K = 10, 3  # experts, and experts per token
 Ids = npt.NDArray[np.int64]

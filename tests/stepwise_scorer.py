@@ -17,8 +17,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.moe_block import MoeBlock
-from mlx_moecache.recurrence import Counts, over_layers
 from mlx_moecache.routing import Strategy
+from mlx_moecache.study.recurrence import Counts, over_layers
 
 Ids = npt.NDArray[np.int32]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_moecache import arguments
+from mlx_moecache.console import arguments
 from mlx_moecache.errors import UsageError
 from mlx_moecache.generate import setup_arg_parser
 
@@ -86,7 +86,7 @@ def test_refused_flags_name_themselves_and_the_way_out(flag: str, values: list[s
         (["--strength", "-1"], "--strength: must be at least 0"),
         (["--kv-bits", "7"], "--kv-bits: unknown value '7' (choose 2, 3, 4, 5, 6, 8)"),
         (["--kv-group-size", "16"], "choose 32, 64, 128"),
-        (["--eviction", "lruu"], "unknown value 'lruu' (choose lru, lfu)"),
+        (["--eviction", "lruu"], "unknown eviction policy 'lruu' (choose lru, lfu, decay, lfru)"),
         (["--prefill-step-size", "0"], "at least 1"),
         (["--max-tokens"], "--max-tokens/-m: expected one argument"),
         (["--top"], "ambiguous option: --top"),

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_moecache.belady import Belady, Variant, belady_misses
 from mlx_moecache.eviction import EVICTION
 from mlx_moecache.residents import Residents
+from mlx_moecache.study.belady import Belady, Variant, belady_misses
 
 EXPERTS, K = 6, 2
 

@@ -19,16 +19,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_moecache import checkpoint
-from mlx_moecache.checkpoint import (
+from mlx_moecache.checkpoints import checkpoint
+from mlx_moecache.checkpoints.checkpoint import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
     CheckpointIndex,
     TensorRecord,
     read_index,
 )
+from mlx_moecache.checkpoints.expert_layout import ComponentSpec, locate_experts
 from mlx_moecache.errors import CheckpointError, UnsupportedModelError
-from mlx_moecache.expert_layout import ComponentSpec, locate_experts
 
 Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors dtype, shape, data
 
@@ -220,9 +220,7 @@ def test_bytes_at_the_recorded_offset_are_the_tensors(contents: dict[str, Tensor
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4), cut=st.integers(0, 60)
-)
+@given(damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4), cut=st.integers(0, 60))
 def test_a_damaged_file_is_refused_or_read_within_its_bounds(damage: list[tuple[int, int]], cut: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "model.safetensors"
@@ -337,9 +335,7 @@ def test_header_that_is_not_one_json_object_is_refused(tmp_path: Path, header: b
         ({"shape": [2**40, 2**40]}, "not the size"),
     ],
 )
-def test_tensor_entry_that_cannot_be_true_is_refused(
-    tmp_path: Path, change: dict[str, Any], part: str
-) -> None:
+def test_tensor_entry_that_cannot_be_true_is_refused(tmp_path: Path, change: dict[str, Any], part: str) -> None:
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **change}
     write_raw(tmp_path / "model.safetensors", json.dumps({"some.weight": entry}).encode(), bytes(64))
     refused(tmp_path, "model.safetensors", "'some.weight'", part)
@@ -409,9 +405,7 @@ def test_unreadable_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused(tmp_path, "model.safetensors", "Permission denied")
 
 
-def test_file_that_shrinks_while_it_is_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     write_shard(path, {"a": tensor("F32", (2,))})
     parse_length = checkpoint._read_range
@@ -664,9 +658,7 @@ def test_missing_expert_is_named(tmp_path: Path, missing: int, w_names: bool) ->
     assert str(tmp_path) in str(caught.value)
 
 
-def unsupported(
-    index: CheckpointIndex, switch: str, component: ComponentSpec, experts: int, *parts: str
-) -> None:
+def unsupported(index: CheckpointIndex, switch: str, component: ComponentSpec, experts: int, *parts: str) -> None:
     """`locate_experts` must refuse with one line that holds all `parts` and the command that helps."""
     with pytest.raises(UnsupportedModelError) as caught:
         locate_experts(index, switch, [component], experts)
@@ -699,9 +691,7 @@ def test_stacked_tensor_of_other_dtype_or_shape_is_refused(
 
 
 @pytest.mark.parametrize(("stored", "shape"), [("F16", (3, 2)), ("F32", (2, 3)), ("F32", (6,))])
-def test_one_expert_of_other_dtype_or_shape_is_refused(
-    tmp_path: Path, stored: str, shape: tuple[int, ...]
-) -> None:
+def test_one_expert_of_other_dtype_or_shape_is_refused(tmp_path: Path, stored: str, shape: tuple[int, ...]) -> None:
     spec = ComponentSpec("up_proj.weight", "float32", (3, 2))
     tensors = {f"{BLOCK}.experts.{e}.up_proj.weight": tensor("F32", (3, 2)) for e in range(3)}
     odd = f"{BLOCK}.experts.2.up_proj.weight"
@@ -747,10 +737,7 @@ def test_a_hundred_thousand_tensors_take_no_quadratic_time(tmp_path: Path) -> No
         for e in range(experts)
         for projection in ("gate_proj", "up_proj", "down_proj")
     ]
-    header = {
-        name: {"dtype": "U8", "shape": [2], "data_offsets": [2 * i, 2 * i + 2]}
-        for i, name in enumerate(names)
-    }
+    header = {name: {"dtype": "U8", "shape": [2], "data_offsets": [2 * i, 2 * i + 2]} for i, name in enumerate(names)}
     write_raw(tmp_path / "model.safetensors", json.dumps(header).encode(), bytes(2 * len(names)))
     write_index(tmp_path, dict.fromkeys(names, "model.safetensors"))
     specs = [ComponentSpec(f"{projection}.weight", "uint8", (2,)) for projection in W_NAMES]

@@ -165,9 +165,7 @@ def one_story(folder: Path) -> None:
     ("spoil", "says"),
     [(no_folder, "no folder"), (no_text, "no *.txt"), (latin_1, "not UTF-8"), (one_story, "too short")],
 )
-def test_an_unusable_text_folder_is_named_in_one_line(
-    tmp_path: Path, spoil: Callable[[Path], None], says: str
-) -> None:
+def test_an_unusable_text_folder_is_named_in_one_line(tmp_path: Path, spoil: Callable[[Path], None], says: str) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
     spoil(folder)
@@ -300,9 +298,7 @@ def test_too_large_a_checkpoint_changes_nothing(
 
 def test_a_run_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(demo_export.ExportError, match=r"no tokenizer\.json"):
-        demo_export.write_checkpoint(
-            demo_export.convert(random_state(TINY), TINY), TINY, tmp_path, tmp_path / "model"
-        )
+        demo_export.write_checkpoint(demo_export.convert(random_state(TINY), TINY), TINY, tmp_path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -364,9 +360,7 @@ def test_windows_predict_no_token_twice(length: int, limit: int) -> None:
     assert predicted.max() < length
 
 
-def test_a_model_that_knows_nothing_scores_the_size_of_its_vocabulary(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_knows_nothing_scores_the_size_of_its_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
     _, tokenizer = mlx_lm.load(str(checkpoint))
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(story(i) for i in range(1000)), encoding="utf-8")
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from made_traces import E, K, scored
 
-from mlx_moecache.dry_run import DryRun
 from mlx_moecache.errors import UsageError
 from mlx_moecache.observer import Ids, RoutedCall, Scores
-from mlx_moecache.recurrence import Counts
 from mlx_moecache.routing import CachePrior, Original, Price
-from mlx_moecache.simulator import replay_strategy
 from mlx_moecache.strategies import Strategy
-from mlx_moecache.trace import Trace
+from mlx_moecache.study.dry_run import DryRun
+from mlx_moecache.study.recurrence import Counts
+from mlx_moecache.study.simulator import replay_strategy
+from mlx_moecache.study.trace import Trace
 
 
 def tell(run: DryRun, layer: int, phase: str, z: Scores | None, own: Ids, *, steps: bool = False) -> None:

@@ -33,10 +33,10 @@ from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import UsageError
 from mlx_moecache.evaluate import main, split_specs
 from mlx_moecache.loading import OpenedModel
-from mlx_moecache.recurrence import Counts
-from mlx_moecache.result_metrics import Unit
-from mlx_moecache.results import load
 from mlx_moecache.routing import CachePrior, Original, Strategy
+from mlx_moecache.study.recurrence import Counts
+from mlx_moecache.study.result_metrics import Unit
+from mlx_moecache.study.results import load
 
 V = 4096
 STORY = (
@@ -86,9 +86,9 @@ class FakeScorer:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeScorer]:
-    module = types.ModuleType("mlx_moecache.window")
+    module = types.ModuleType("mlx_moecache.study.window")
     module.WindowScorer = FakeScorer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mlx_moecache.window", module)
+    monkeypatch.setitem(sys.modules, "mlx_moecache.study.window", module)
     for name, value in (("forwards", 0), ("interrupt_at", None), ("swaps", 1), ("settings", [])):
         monkeypatch.setattr(FakeScorer, name, value)
     return FakeScorer
@@ -457,7 +457,7 @@ def test_replies_are_generated_with_a_real_cache_and_continued(
     assert all(u.tokens == 6 and u.selections == 5 * 6 * 4 for u in original.units)
     assert not any(u.swapped for u in original.units) and any(u.swapped for u in biased.units)
 
-    import mlx_moecache.evaluation_session as session
+    import mlx_moecache.study.evaluation_session as session
 
     answer, answered = session.answer_question, []
 

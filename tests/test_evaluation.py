@@ -12,14 +12,14 @@ from stepwise_scorer import StepwiseScorer
 
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import MoeCacheError
-from mlx_moecache.evaluation import Job, Reading, Span, choice_readings, compare, measure, swapped_nothing
-from mlx_moecache.evaluation import window_readings as readings_of
 from mlx_moecache.loading import OpenedModel
-from mlx_moecache.recurrence import Counts, LayerRecurrence, over_layers
-from mlx_moecache.results import Run
 from mlx_moecache.routing import CachePrior, Original, Price, Strategy
-from mlx_moecache.tasks import ChoiceDocument
-from mlx_moecache.text_windows import cut
+from mlx_moecache.study.evaluation import Job, Reading, Span, choice_readings, compare, measure, swapped_nothing
+from mlx_moecache.study.evaluation import window_readings as readings_of
+from mlx_moecache.study.recurrence import Counts, LayerRecurrence, over_layers
+from mlx_moecache.study.results import Run
+from mlx_moecache.study.tasks import ChoiceDocument
+from mlx_moecache.study.text_windows import cut
 
 V = 50
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import Shelf, random_tokens, run_model, same_bits
 
+from mlx_moecache.checkpoints.expert_layout import ComponentSpec, LayerExtents
+from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
 from mlx_moecache.errors import BudgetError, ReadError, UsageError
 from mlx_moecache.expert_cache import ExpertCache, LayerExperts
-from mlx_moecache.expert_layout import ComponentSpec, LayerExtents
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
-from mlx_moecache.reader import ExpertReader, ReadRequest
 from mlx_moecache.routing import CachePrior, Original, RunningRange
 from mlx_moecache.stats import CacheStats, PhaseStats
 

@@ -28,15 +28,15 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import build_model, tiny_config, write_checkpoint, write_weights
 
+from mlx_moecache.checkpoints.reader import ExpertReader
+from mlx_moecache.console.interrupt import Interrupt, Interrupted
+from mlx_moecache.console.report import CacheUse, MemoryUse, Reply, statistics
+from mlx_moecache.console.terminal import StatusLine, make_streams_safe, write_notes
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import ReadError
 from mlx_moecache.generate import main
-from mlx_moecache.interrupt import Interrupt, Interrupted
-from mlx_moecache.reader import ExpertReader
-from mlx_moecache.report import CacheUse, MemoryUse, Reply, statistics
 from mlx_moecache.simulate import main as simulate
 from mlx_moecache.stats import CacheStats, PhaseStats
-from mlx_moecache.terminal import StatusLine, make_streams_safe, write_notes
 
 STORY = "Tell me a story about a fox."
 SMALL = ["--slots", "20", "-m", "8", "-p", STORY]

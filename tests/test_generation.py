@@ -17,11 +17,11 @@ from mlx_lm.utils import load_tokenizer
 from tiny_models import EOS, MODEL_TYPES, Shelf, random_tokens, same_bits
 
 from mlx_moecache import generate, stream_generate
+from mlx_moecache.checkpoints.reader import ExpertReader
 from mlx_moecache.errors import ReadError, UsageError
 from mlx_moecache.expert_cache import ExpertCache
 from mlx_moecache.generation import Response, StepOptions, generate_step
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
-from mlx_moecache.reader import ExpertReader
 from mlx_moecache.routing import CachePrior
 
 PROMPT = random_tokens(1, 43, seed=21)[0]

@@ -20,10 +20,10 @@ from tiny_models import EOS, Shelf
 from mlx_moecache.errors import UsageError
 from mlx_moecache.generation import Sampler
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
-from mlx_moecache.question_scoring import Reply, answer_question, judged, reply
 from mlx_moecache.stats import CacheStats, PhaseStats
-from mlx_moecache.tasks import ReplyDocument
-from mlx_moecache.tasks_gsm8k import Gsm8k, extract_flexible, extract_strict, parse_number, read_problems
+from mlx_moecache.study.question_scoring import Reply, answer_question, judged, reply
+from mlx_moecache.study.tasks import ReplyDocument
+from mlx_moecache.study.tasks_gsm8k import Gsm8k, extract_flexible, extract_strict, parse_number, read_problems
 
 EXAMPLES = [
     (f"Tom has {i} nuts and finds {i + 1}. How many?", f"{i}+{i + 1}=<<x>>\n#### {2 * i + 1}") for i in range(9)

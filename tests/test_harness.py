@@ -28,9 +28,9 @@ from mlx_moecache.demo import demo_model
 from mlx_moecache.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlx_moecache.harness import MoeCacheLM
-    from mlx_moecache.harness_tasks import HarnessTask
-    from mlx_moecache.recurrence import Counts
+    from mlx_moecache.study.harness import MoeCacheLM
+    from mlx_moecache.study.harness_tasks import HarnessTask
+    from mlx_moecache.study.recurrence import Counts
 
 SLOTS = 12
 LIKELY = [  # after a story's beginning, words that the demo model has seen there, and others
@@ -61,7 +61,7 @@ def loaded() -> Iterator[tuple[nn.Module, TokenizerWrapper]]:
 
 @pytest.fixture
 def lm(loaded: tuple[nn.Module, TokenizerWrapper]) -> MoeCacheLM:
-    from mlx_moecache.harness import MoeCacheLM
+    from mlx_moecache.study.harness import MoeCacheLM
 
     return MoeCacheLM(*loaded)
 
@@ -92,7 +92,7 @@ class ExactScorer:
         return mx.array(exact_logits(self.model, tokens).astype(np.float32))
 
     def take_counts(self) -> Counts:
-        from mlx_moecache.recurrence import Counts
+        from mlx_moecache.study.recurrence import Counts
 
         return Counts()
 
@@ -100,7 +100,7 @@ class ExactScorer:
 @pytest.fixture
 def exact(loaded: tuple[nn.Module, TokenizerWrapper]) -> MoeCacheLM:
     """With original routing, so that figures can be checked against the model's own logits."""
-    from mlx_moecache.harness import MoeCacheLM
+    from mlx_moecache.study.harness import MoeCacheLM
 
     return MoeCacheLM(*loaded, scorer=ExactScorer(loaded[0]))
 
@@ -166,7 +166,7 @@ class Tasks:
         )
 
     def task(self, name: str, **options: Any) -> HarnessTask:
-        from mlx_moecache.harness_tasks import HarnessTask
+        from mlx_moecache.study.harness_tasks import HarnessTask
 
         return HarnessTask(name, folder=self.folder, **options)
 
@@ -271,7 +271,7 @@ def test_whole_texts_are_scored_once_per_token(exact: MoeCacheLM, tasks: Tasks) 
 @given(st.integers(2, 60), st.integers(2, 20))
 def test_windows_predict_each_token_once_with_as_much_context_as_fits(length: int, max_length: int) -> None:
     pytest.importorskip("lm_eval")
-    from mlx_moecache.harness import rolling_windows
+    from mlx_moecache.study.harness import rolling_windows
 
     pairs = rolling_windows(range(length), max_length)
     assert [t for _, continuation in pairs for t in continuation] == list(range(1, length))
@@ -425,7 +425,7 @@ def test_evaluate_measures_a_task_of_the_harness_and_continues_a_file(tasks: Tas
 
 
 def test_lengths_that_cannot_work_are_refused(loaded: tuple[nn.Module, TokenizerWrapper]) -> None:
-    from mlx_moecache.harness import MoeCacheLM
+    from mlx_moecache.study.harness import MoeCacheLM
 
     for lengths in ({"max_length": 1}, {"max_length": 64, "max_gen_toks": 64}, {"max_gen_toks": 0}):
         with pytest.raises(UsageError, match="max length"):

@@ -31,9 +31,9 @@ from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_moecache import hub as hub_module
+from mlx_moecache.checkpoints import hub as hub_module
+from mlx_moecache.checkpoints.hub import MODEL_FILES, _check_repo_id, resolve_model
 from mlx_moecache.errors import HubError, UsageError
-from mlx_moecache.hub import MODEL_FILES, _check_repo_id, resolve_model
 
 CHUNK = 10 * 1024 * 1024  # huggingface_hub writes and resumes in pieces of this size
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -108,10 +108,7 @@ def request(name: str, **options: Any) -> dict[str, Any]:
 
 def read_answers(stdout: str) -> list[Answer]:
     replies = [json.loads(line) for line in stdout.splitlines()]
-    return [
-        Answer(Path(r["folder"]) if "folder" in r else None, r.get("error"), r.get("message", ""))
-        for r in replies
-    ]
+    return [Answer(Path(r["folder"]) if "folder" in r else None, r.get("error"), r.get("message", "")) for r in replies]
 
 
 def resolve_all(env: dict[str, str], cwd: Path, *requests: dict[str, Any], before: str = "") -> Output:
@@ -327,9 +324,7 @@ def test_the_files_fetched_are_those_of_mlx_lm() -> None:
     assert patterns == [list(MODEL_FILES)]
 
 
-def test_a_local_folder_does_not_need_the_hub_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_folder_does_not_need_the_hub_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     spec = importlib.util.spec_from_file_location("fresh_hub", hub_module.__file__)
     assert spec is not None and spec.loader is not None
@@ -342,9 +337,7 @@ def test_a_local_folder_does_not_need_the_hub_library(
 # Downloads.
 
 
-def test_a_repo_is_downloaded_without_the_files_that_are_not_needed(
-    hub: FakeHub, home: Path, tmp_path: Path
-) -> None:
+def test_a_repo_is_downloaded_without_the_files_that_are_not_needed(hub: FakeHub, home: Path, tmp_path: Path) -> None:
     output = resolve_all(environment(hub.url, home), tmp_path, request("org/sharded"))
     assert output.answers[0].files() == SHARDED
     assert output.stderr == ""
@@ -409,9 +402,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
         ("org/status500", "500.*trouble on the hub's side.*run the same command again"),
     ],
 )
-def test_a_refusal_says_what_is_wrong_and_what_to_do(
-    refusals: dict[str, Answer], repo: str, expected: str
-) -> None:
+def test_a_refusal_says_what_is_wrong_and_what_to_do(refusals: dict[str, Answer], repo: str, expected: str) -> None:
     assert re.search(expected, refusals[repo].reason())
 
 
@@ -572,18 +563,14 @@ def final_screen(shown: str) -> list[str]:
     return [rows[row].rstrip() for row in sorted(rows) if rows[row].strip()]
 
 
-def test_progress_is_drawn_on_a_terminal_and_wiped_at_the_end(
-    hub: FakeHub, home: Path, tmp_path: Path
-) -> None:
+def test_progress_is_drawn_on_a_terminal_and_wiped_at_the_end(hub: FakeHub, home: Path, tmp_path: Path) -> None:
     output = resolve_on_terminal(environment(hub.url, home), tmp_path, "org/sharded")
     assert output.answers[0].files() == SHARDED
     assert "100%|" in output.stderr and "10.8MB" in output.stderr
     assert final_screen(output.stderr) == []
 
 
-def test_after_a_failure_only_the_error_stays_on_the_terminal(
-    hub: FakeHub, home: Path, tmp_path: Path
-) -> None:
+def test_after_a_failure_only_the_error_stays_on_the_terminal(hub: FakeHub, home: Path, tmp_path: Path) -> None:
     hub.cut_once(FIRST, after=1000, reset=True)
     output = resolve_on_terminal(environment(hub.url, home), tmp_path, "org/sharded")
     assert "%|" in output.stderr
@@ -591,9 +578,7 @@ def test_after_a_failure_only_the_error_stays_on_the_terminal(
 
 
 @pytest.mark.parametrize("setting", [{}, {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}])
-def test_without_a_terminal_nothing_is_drawn(
-    hub: FakeHub, home: Path, tmp_path: Path, setting: dict[str, str]
-) -> None:
+def test_without_a_terminal_nothing_is_drawn(hub: FakeHub, home: Path, tmp_path: Path, setting: dict[str, str]) -> None:
     output = resolve_all(environment(hub.url, home, **setting), tmp_path, request("org/small"))
     assert output.answers[0].files() == SMALL
     assert output.stderr == ""

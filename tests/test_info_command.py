@@ -24,13 +24,15 @@ from fake_hub import FakeHub
 from mlx.utils import tree_flatten
 from tiny_models import ALL_TYPES, build_model, tiny_config, write_checkpoint, write_weights
 
-from mlx_moecache import hub_headers, info, model_summary
+from mlx_moecache import info
 from mlx_moecache.architectures import find
-from mlx_moecache.checkpoint import read_index
+from mlx_moecache.checkpoints import hub_headers
+from mlx_moecache.checkpoints.checkpoint import read_index
+from mlx_moecache.console import model_summary
+from mlx_moecache.console.memory_table import _round_sizes
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.info import main
 from mlx_moecache.loading import MemoryOptions, OpenedModel
-from mlx_moecache.memory_table import _round_sizes
 
 FORMAT_KEYS = {"mode", "bits", "group_size", "dtype", "weights"}
 

@@ -17,9 +17,9 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_moecache.demo import demo_model
 from mlx_moecache.errors import UsageError
-from mlx_moecache.question_scoring import Scored, encode_choices, score_continuations
-from mlx_moecache.tasks import Scope
-from mlx_moecache.tasks_mmlu import Mmlu, by_subject, find_subjects, read_rows
+from mlx_moecache.study.question_scoring import Scored, encode_choices, score_continuations
+from mlx_moecache.study.tasks import Scope
+from mlx_moecache.study.tasks_mmlu import Mmlu, by_subject, find_subjects, read_rows
 
 Rows = Sequence[Sequence[str]]
 TASK = Mmlu()

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_moecache import figures
 from mlx_moecache.errors import UsageError
-from mlx_moecache.figure_data import (
+from mlx_moecache.plot import main
+from mlx_moecache.simulate import main as simulate
+from mlx_moecache.study import figures
+from mlx_moecache.study.figure_data import (
     METRICS,
     Panel,
     measured,
@@ -26,13 +28,11 @@ from mlx_moecache.figure_data import (
     simulated_miss_rates,
     usable,
 )
-from mlx_moecache.figure_style import SPARE_MARKERS, SPARE_STYLES, STYLES
-from mlx_moecache.plot import main
-from mlx_moecache.result_metrics import Unit
-from mlx_moecache.results import DataFacts, ModelFacts, Results, Run, Settings, load, save
-from mlx_moecache.simulate import main as simulate
-from mlx_moecache.trace import TraceWriter
-from mlx_moecache.trace_format import TracedLayer, TraceHeader
+from mlx_moecache.study.figure_style import SPARE_MARKERS, SPARE_STYLES, STYLES
+from mlx_moecache.study.result_metrics import Unit
+from mlx_moecache.study.results import DataFacts, ModelFacts, Results, Run, Settings, load, save
+from mlx_moecache.study.trace import TraceWriter
+from mlx_moecache.study.trace_format import TracedLayer, TraceHeader
 
 pytest.importorskip("matplotlib")
 
@@ -356,7 +356,7 @@ def test_what_simulate_prints_becomes_miss_rate_against_slots(
     assert experts == 4 and [[s for s, _ in points] for points in series.values()] == [[2, 3, 4], [2, 3, 4]]
     assert command(file, "--what", "slots", "--out", out) == (0, f"{out}\n", "")
     assert "--what lifetime needs results of evaluate or sweep" in refused(file, "--what", "lifetime", "--out", out)
-    file.write_text('{"format": "mlx_moecache.simulation"}')
+    file.write_text('{"format": "mlx_moecache.study.simulation"}')
     assert "is not what simulate --json prints" in refused(file, "--what", "slots", "--out", out)
 
 

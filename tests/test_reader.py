@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_moecache import direct_io, reader
+from mlx_moecache.checkpoints import direct_io, reader
+from mlx_moecache.checkpoints.reader import EmulatedFlash, ExpertReader, ReadRequest
 from mlx_moecache.errors import ReadError
-from mlx_moecache.reader import EmulatedFlash, ExpertReader, ReadRequest
 
 SIZES = (400_001, 123_456)  # bytes of the two shards; no multiple of any block size
 WAYS = ("buffered", "direct", "refused")  # refused: direct I/O was asked for, the file system says no

@@ -13,11 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import Shelf, experts_per_token, random_tokens, run_model, tiny_config
 
-from mlx_moecache import strategies_numpy
 from mlx_moecache.errors import UsageError
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.moe_block import MoeBlock
-from mlx_moecache.recurrence import Accounting, Counts, LayerRecurrence, over_layers
 from mlx_moecache.routing import (
     BoundedRegret,
     CachePrior,
@@ -30,6 +28,8 @@ from mlx_moecache.routing import (
     RunningRange,
     Strategy,
 )
+from mlx_moecache.study import strategies_numpy
+from mlx_moecache.study.recurrence import Accounting, Counts, LayerRecurrence, over_layers
 
 E, K = 10, 3
 Array = npt.NDArray[np.float32]

@@ -22,16 +22,16 @@ from raw_layouts import raw_experts
 from safetensors import safe_open
 from tiny_models import Layout, Shelf, model_weights, random_tokens, run_model, same_bits, tiny_config, write_weights
 
-from mlx_moecache import repacking
-from mlx_moecache.checkpoint import DTYPES, CheckpointIndex, read_index
+from mlx_moecache.checkpoints import repacking
+from mlx_moecache.checkpoints.checkpoint import DTYPES, CheckpointIndex, read_index
+from mlx_moecache.checkpoints.expert_layout import ComponentSpec, LayerExtents, locate_experts
+from mlx_moecache.checkpoints.expert_major import ALIGNMENT, MANIFEST_NAME, read_manifest
+from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
+from mlx_moecache.checkpoints.repack_plan import ExpertLayer, RepackPlan, plan_repack
+from mlx_moecache.checkpoints.repacking import Repacker, hash_file, verify
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import CheckpointError, MoeCacheError, UsageError
-from mlx_moecache.expert_layout import ComponentSpec, LayerExtents, locate_experts
-from mlx_moecache.expert_major import ALIGNMENT, MANIFEST_NAME, read_manifest
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
-from mlx_moecache.reader import ExpertReader, ReadRequest
-from mlx_moecache.repack_plan import ExpertLayer, RepackPlan, plan_repack
-from mlx_moecache.repacking import Repacker, hash_file, verify
 
 LENGTHS = [40, 13, *[1] * 6]
 TOKENS = random_tokens(1, sum(LENGTHS), seed=3)

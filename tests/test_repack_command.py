@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
+from mlx_moecache.checkpoints.expert_major import MANIFEST_NAME, read_manifest
 from mlx_moecache.demo import DEMO_MODEL
-from mlx_moecache.expert_major import MANIFEST_NAME, read_manifest
 from mlx_moecache.repack import main
 
 EXPERTS = "experts-00001-of-00001.safetensors"

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_moecache.errors import UsageError
-from mlx_moecache.result_metrics import Unit, metrics, paired_units
-from mlx_moecache.result_table import RunningMetric, heading, table
-from mlx_moecache.results import DataFacts, ModelFacts, Results, Run, Settings, as_json, load, paired, save
+from mlx_moecache.study.result_metrics import Unit, metrics, paired_units
+from mlx_moecache.study.result_table import RunningMetric, heading, table
+from mlx_moecache.study.results import DataFacts, ModelFacts, Results, Run, Settings, as_json, load, paired, save
 
 MODEL = ModelFacts("models/a", "qwen2_moe", 60, 4, 6, 1000, "c" * 64)
 DATA = DataFacts("text", "texts/b.txt", "d" * 64, 9)
@@ -70,7 +70,7 @@ def test_a_file_states_format_metrics_and_which_runs_are_complete(tmp_path: Path
     broken.failed = "swapped nothing"
     save(make_results(make_run(), make_run("cache-prior", n=4), broken), tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
-    assert (data["format"], data["version"]) == ("mlx_moecache.results", 1)
+    assert (data["format"], data["version"]) == ("mlx_moecache.study.results", 1)
     assert [r["complete"] for r in data["runs"]] == [True, False, False]
     assert data["runs"][0]["metrics"]["perplexity"] == pytest.approx(math.exp(480 / 192))
     assert data["runs"][0]["metrics"]["accuracy"] is None

@@ -13,7 +13,7 @@ import pytest
 from made_traces import scored
 
 from mlx_moecache.simulate import main
-from mlx_moecache.simulator import replay_layer
+from mlx_moecache.study.simulator import replay_layer
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -18,14 +18,14 @@ from mlx_moecache.eviction import EVICTION
 from mlx_moecache.expert_cache import ExpertCache, LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.observer import RoutedCall
-from mlx_moecache.recurrence import Counts, LayerRecurrence
 from mlx_moecache.residents import Load
 from mlx_moecache.routing import CachePrior, Original
-from mlx_moecache.shared_pool import SHARED_POLICIES, replay_shared
-from mlx_moecache.simulation import Device, Result, Setting, settings, simulate
-from mlx_moecache.simulator import PhaseCounts, calls_of, replay_bound, replay_layer, replay_strategy, starts_of
-from mlx_moecache.trace import Trace, TraceWriter, describe_run, read_trace
-from mlx_moecache.trace_format import TracedLayer, TraceHeader
+from mlx_moecache.study.recurrence import Counts, LayerRecurrence
+from mlx_moecache.study.shared_pool import SHARED_POLICIES, replay_shared
+from mlx_moecache.study.simulation import Device, Result, Setting, settings, simulate
+from mlx_moecache.study.simulator import PhaseCounts, calls_of, replay_bound, replay_layer, replay_strategy, starts_of
+from mlx_moecache.study.trace import Trace, TraceWriter, describe_run, read_trace
+from mlx_moecache.study.trace_format import TracedLayer, TraceHeader
 
 Event = tuple[list[int], list[Load]]
 

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import Layout, tiny_config, write_checkpoint
 
-from mlx_moecache.checkpoint import DTYPES, CheckpointIndex, read_index
+from mlx_moecache.checkpoints.checkpoint import DTYPES, CheckpointIndex, read_index
+from mlx_moecache.checkpoints.skeleton import Tensors, skeleton, write_sparse
 from mlx_moecache.errors import CheckpointError
 from mlx_moecache.loading import MemoryOptions, OpenedModel
-from mlx_moecache.skeleton import Tensors, skeleton, write_sparse
 
 SHARD = "model.safetensors"
 SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_moecache.checkpoints.expert_layout import ComponentSpec
 from mlx_moecache.errors import UnsupportedModelError
-from mlx_moecache.expert_layout import ComponentSpec
 from mlx_moecache.slots import MAX_ELEMENTS, SlotPool
 
 FLOATS = ComponentSpec("up_proj.weight", "float32", (2, 3))

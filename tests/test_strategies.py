@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tiny_models import Shelf, experts_per_token, tiny_config
 
-from mlx_moecache import strategies_numpy
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.routing import (
     BoundedRegret,
@@ -30,6 +29,7 @@ from mlx_moecache.routing import (
     probabilities,
 )
 from mlx_moecache.strategies import BUDGET_STRENGTHS
+from mlx_moecache.study import strategies_numpy
 
 E, K = 12, 4
 Array = npt.NDArray[np.float32]

@@ -20,11 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_moecache.errors import UsageError
-from mlx_moecache.result_metrics import Unit
-from mlx_moecache.results import Results, Run, load
 from mlx_moecache.routing import Original, parse_routing
-from mlx_moecache.sweep import main
-from mlx_moecache.sweep_grid import (
+from mlx_moecache.study.result_metrics import Unit
+from mlx_moecache.study.results import Results, Run, load
+from mlx_moecache.study.sweep_grid import (
     GridRun,
     check,
     coarse_to_fine,
@@ -34,7 +33,8 @@ from mlx_moecache.sweep_grid import (
     make_grid,
     parse_slots,
 )
-from mlx_moecache.sweep_progress import SweepProgress
+from mlx_moecache.study.sweep_progress import SweepProgress
+from mlx_moecache.sweep import main
 
 TEXT = "Once upon a time there was a small fox who lived in a big forest. One day the fox met a bird. " * 12
 K, EXPERTS = 4, 60  # of the demo model
@@ -341,7 +341,7 @@ def test_a_narrow_terminal_sees_one_line_that_goes_away(tmp_path: Path, monkeypa
 
 def test_in_a_pipe_long_runs_are_heard_of_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, now, stream = Run("original", "original", {}, 15, "lru", 100), 0.0, io.StringIO()
-    monkeypatch.setattr("mlx_moecache.sweep_progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("mlx_moecache.study.sweep_progress.time.monotonic", lambda: now)
     with SweepProgress(empty_results([run]), [run], tmp_path / "r.json", stream=stream) as progress:
         for i in range(100):
             now += 7.0
@@ -355,7 +355,7 @@ def test_in_a_pipe_long_runs_are_heard_of_once_a_minute(tmp_path: Path, monkeypa
 
 def test_the_file_is_written_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, now = Run("original", "original", {}, 15, "lru", 100), 0.0
-    monkeypatch.setattr("mlx_moecache.sweep_progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("mlx_moecache.study.sweep_progress.time.monotonic", lambda: now)
     with SweepProgress(empty_results([run]), [run], tmp_path / "r.json", quiet=True) as progress:
         for i in range(8):
             now += 1.0
@@ -365,7 +365,7 @@ def test_the_file_is_written_while_measuring(tmp_path: Path, monkeypatch: pytest
 
 
 def empty_results(runs: list[Run]) -> Results:
-    from mlx_moecache.results import DataFacts, ModelFacts, Settings
+    from mlx_moecache.study.results import DataFacts, ModelFacts, Settings
 
     return Results(
         ModelFacts("demo", "qwen2_moe", EXPERTS, K, 6, 1, "ab"),

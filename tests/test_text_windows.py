@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import UsageError
 from mlx_moecache.loading import OpenedModel
-from mlx_moecache.text_windows import cut, join_wikitext, read_text, sha256_of
+from mlx_moecache.study.text_windows import cut, join_wikitext, read_text, sha256_of
 
 RAW = " \n = Robert Boulter = \n \n Robert Boulter is an English actor .\n \t\n"
 

@@ -19,8 +19,8 @@ from made_traces import E, K, header, scores, top
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import UsageError
 from mlx_moecache.observer import RoutedCall
-from mlx_moecache.trace import Trace, TraceWriter, read_trace
-from mlx_moecache.trace_format import TracedLayer, TraceHeader, softmax
+from mlx_moecache.study.trace import Trace, TraceWriter, read_trace
+from mlx_moecache.study.trace_format import TracedLayer, TraceHeader, softmax
 
 
 def write_calls(path: Path, calls: list[tuple[int, str, int]], *, head: TraceHeader | None = None) -> None:

@@ -14,7 +14,6 @@ from tiny_models import Shelf, random_tokens, run_model, same_bits
 
 from mlx_moecache.errors import UsageError
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
-from mlx_moecache.recurrence import LayerRecurrence
 from mlx_moecache.routing import (
     BoundedRegret,
     CachePrior,
@@ -27,7 +26,8 @@ from mlx_moecache.routing import (
     Strategy,
 )
 from mlx_moecache.seam import SelectionSeam
-from mlx_moecache.window import WindowScorer
+from mlx_moecache.study.recurrence import LayerRecurrence
+from mlx_moecache.study.window import WindowScorer
 
 TEXT: list[int] = random_tokens(1, 48, seed=5)[0].tolist()
 STRATEGIES: list[Strategy] = [

@@ -1,0 +1,1 @@
+"""Files: finding, describing, reading and repacking them."""

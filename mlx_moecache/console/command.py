@@ -1,0 +1,76 @@
+"""How every command ends: errors as one line on stderr, and exit codes.
+
+0 done, 1 a bug, 2 wrong input, 130 interrupted, 141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+from ..errors import MoeCacheError
+from .terminal import make_streams_safe
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE: what a C program would leave, so scripts with pipefail know it
+
+
+def run(body: Callable[[], int], *, debug: bool = False) -> int:
+    """Run a command's body and return its exit code; `debug` adds the traceback of an error."""
+    make_streams_safe()
+    try:
+        try:
+            code = body()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            return _fail("interrupted", INTERRUPTED, debug=False)
+        except MoeCacheError as error:
+            return _fail(f"error: {error}", 2, debug)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"error: {where}{error.strerror or error}", 2, debug)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                return _fail(f"error: out of memory{_detail(error)}; use fewer --slots or a smaller --memory", 2, debug)
+            text = f"error: unexpected {type(error).__name__}{_detail(error)}"
+            return _fail(text if debug else f"{text} (--debug shows where)", 1, debug)
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    finally:
+        _drop_unwritable()
+
+
+def _fail(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    with suppress(OSError):  # stderr itself may be what cannot be written
+        print(" ".join(line.splitlines()), file=sys.stderr, flush=True)
+    return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # MLX raises RuntimeError("[malloc] Unable to allocate ...") and, on Metal, "Attempting to allocate ...".
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and " allocate " in str(error))
+
+
+def _detail(error: Exception) -> str:
+    return f": {error}" if str(error) else ""
+
+
+def _drop_unwritable() -> None:
+    """Point a stream that cannot be written nowhere: else Python would try again at exit and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

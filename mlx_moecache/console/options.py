@@ -1,0 +1,78 @@
+"""From parsed flags to the library's options, for every command that loads a model."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+
+import mlx.nn as nn
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import UsageError
+from ..footprint import KVOptions, kv_cache_bytes
+from ..generation import Sampler
+from ..loading import CacheOptions, budget_here
+from ..routing import parse_routing
+
+
+def check_before_download(args: argparse.Namespace) -> None:
+    """Refuse a budget or a routing that no model could work with. Raises UsageError."""
+    if args.memory is not None:
+        budget_here(args.memory)
+    cache = cache_options(args)
+    # The model's k, which limits J, is not known yet: any will do here.
+    parse_routing(cache.routing, strength=cache.strength, top_j=cache.top_j, k=2**31, slots=1, experts=1)
+
+
+def cache_options(args: argparse.Namespace) -> CacheOptions:
+    exact = args.exact or args.dry_run_strength is not None
+    routing = "original" if exact else args.routing or CacheOptions.routing
+    return CacheOptions(
+        routing=routing, strength=args.strength, top_j=args.top_j, eviction=args.eviction, direct_io=args.direct_io
+    )
+
+
+def kv_options(args: argparse.Namespace) -> KVOptions:
+    return KVOptions(
+        max_size=args.max_kv_size,
+        bits=args.kv_bits,
+        group_size=args.kv_group_size,
+        quantized_start=args.quantized_kv_start,
+    )
+
+
+def check_kv(model: nn.Module, kv: KVOptions) -> None:
+    """Raise UsageError if this model's KV cache cannot be quantised as asked. Nothing is computed."""
+    if kv.bits is None:
+        return
+    try:
+        kv_cache_bytes(model, 1, KVOptions(bits=kv.bits, group_size=kv.group_size, quantized_start=0), 1)
+    except (NotImplementedError, ValueError) as e:
+        raise UsageError(
+            f"this model's KV cache cannot be quantised to {kv.bits} bits in groups of {kv.group_size} ({e}); "
+            "try another --kv-group-size or leave --kv-bits out"
+        ) from e
+
+
+def seed_of(args: argparse.Namespace) -> int:
+    """The seed to use and to report; a fresh one, short enough to type, if none was given."""
+    seed: int = secrets.randbelow(2**32) if args.seed is None else args.seed
+    return seed
+
+
+def sampler_of(args: argparse.Namespace, tokenizer: TokenizerWrapper, vocabulary: int | None) -> Sampler:
+    """mlx-lm's sampler. Raises UsageError for a --top-k beyond the vocabulary."""
+    if vocabulary is not None and args.top_k >= vocabulary:
+        raise UsageError(f"--top-k must be below this model's {vocabulary} tokens, not {args.top_k}; 0 means all")
+    sampler: Sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    return sampler

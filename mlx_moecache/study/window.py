@@ -1,0 +1,186 @@
+"""Scoring a known text under a routing strategy: exact token-by-token recurrence at the speed of prefill.
+
+A forward pass takes many tokens through a layer before the next layer begins, while what is resident for a token
+depends only on the tokens before it in the same layer. So each layer's seam sees the scores of all tokens, runs the
+recurrence over them on the host (recurrence.py), and goes on with the residents that each token would have found. The
+caches are simulated: their size does not depend on how many experts the model really holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..errors import UnsupportedModelError, UsageError
+from ..expert_cache import ExpertCache, LayerExperts
+from ..observer import Observer, RoutedCall
+from ..routing import Strategy
+from ..seam import SelectionSeam
+from .recurrence import Counts, LayerRecurrence, over_layers
+
+INITIAL = ("empty", "random", "warm")
+Selections = npt.NDArray[np.int32]
+
+
+class WindowScorer:
+    """Scores sequences with `model` as if each layer had `slots` slots; the model's own cache only supplies weights.
+
+    D persists over the sequences of one scorer, as in the paper; the simulated caches begin every sequence as `initial`
+    says: empty, with `slots` experts drawn by `seed`, or as the sequence before left them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strategy: Strategy,
+        *,
+        slots: int | Sequence[int],
+        eviction: str = "lru",
+        accounting: str = "engine",
+        initial: str = "empty",
+        seed: int = 0,
+    ) -> None:
+        """slots: for all layers, or one number per layer; more than a layer has experts means all of them.
+
+        Raises UnsupportedModelError if a router cannot be observed, UsageError for values out of range.
+        """
+        if initial not in INITIAL:
+            raise UsageError(f"unknown initial cache {initial!r} (choose {', '.join(INITIAL)})")
+        cache: ExpertCache = model.expert_cache
+        counts = list(slots) if not isinstance(slots, int) else [slots] * len(cache.layers)
+        if len(counts) != len(cache.layers):
+            raise UsageError(f"{len(counts)} slot counts for {len(cache.layers)} MoE layers; give one for each")
+        self.model, self.strategy, self.initial = model, strategy, initial
+        self._random = np.random.default_rng(seed)
+        self._layers = [
+            _Layer(
+                number,
+                x,
+                LayerRecurrence(
+                    x.num_experts,
+                    x.k,
+                    min(s, x.num_experts),
+                    strategy,
+                    eviction=eviction,
+                    accounting=accounting,
+                    ranked=_ranked(x),
+                ),
+            )
+            for number, (x, s) in enumerate(zip(cache.layers, counts, strict=True))
+        ]
+
+    def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
+        """[L, V] float32 logits of a new sequence of L tokens, evaluated.
+
+        Tokens before `biased_from` are routed as the model does; they only warm the caches and D.
+        """
+        if not tokens:
+            raise UsageError("a sequence needs at least one token")
+        for x in self._layers:
+            x.begin(self._contents(x), self.model.expert_cache.observers)
+        kv = make_prompt_cache(self.model)
+        parts = []
+        with self._observing(), self.model.expert_cache.phase("prefill"):
+            for biased, part in ((False, tokens[:biased_from]), (True, tokens[biased_from:])):
+                if not len(part):
+                    continue
+                for x in self._layers:
+                    x.biased = biased
+                logits = self.model(mx.array(list(part))[None], cache=kv)[0].astype(mx.float32)
+                mx.eval(logits)
+                parts.append(logits)
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def take_counts(self) -> Counts:
+        """What the simulated caches did since the last call, summed over layers."""
+        taken = over_layers(x.recurrence.counts for x in self._layers)
+        for x in self._layers:
+            x.recurrence.counts = Counts()
+        return taken
+
+    @property
+    def ranges(self) -> list[tuple[float, int]]:
+        """Per layer, the sum and the number of the ranges behind D: what an interrupted run needs to go on."""
+        return [x.recurrence.range_state for x in self._layers]
+
+    @ranges.setter
+    def ranges(self, state: Sequence[tuple[float, int]]) -> None:
+        for x, s in zip(self._layers, state, strict=True):
+            x.recurrence.range_state = s
+
+    @property
+    def own_selections(self) -> list[Selections]:
+        """Per MoE layer [L, k], what the router itself selected in the last sequence (for Belady's bound)."""
+        return [np.concatenate(x.own) for x in self._layers]
+
+    def _contents(self, layer: _Layer) -> list[int] | None:
+        """What a cache holds before a sequence; None: what it holds now."""
+        residents = layer.recurrence.residents
+        if self.initial == "empty":
+            return []
+        if self.initial == "random":
+            drawn: list[int] = self._random.permutation(residents.num_experts)[: residents.capacity].tolist()
+            return drawn
+        return None
+
+    @contextmanager
+    def _observing(self) -> Iterator[None]:
+        """The seams of the model work for this scorer; afterwards they are as before, also after an error."""
+        before = [(x.seam, x.seam.enabled, x.seam.strategy) for x in self._layers]
+        try:
+            for x in self._layers:
+                x.seam.enabled, x.seam.strategy, x.seam.window = True, self.strategy, x.route
+            yield
+        finally:
+            for seam, enabled, strategy in before:
+                seam.enabled, seam.strategy, seam.window = enabled, strategy, None
+                seam.take()
+
+
+def _ranked(layer: LayerExperts) -> int:
+    return layer.num_experts if layer.seam is None else layer.seam.ranked
+
+
+class _Layer:
+    """One layer's recurrence and the seam that feeds it. Observers hear of every token once, from here."""
+
+    def __init__(self, number: int, layer: LayerExperts, recurrence: LayerRecurrence) -> None:
+        self.number = number
+        if layer.seam is None:
+            raise UnsupportedModelError(
+                f"the router of {layer.path} cannot be observed, so this model cannot be scored under a strategy"
+            )
+        self.seam: SelectionSeam = layer.seam
+        self.recurrence = recurrence
+        self.biased = True
+        self.own: list[Selections] = []
+
+    def begin(self, contents: list[int] | None, observers: Sequence[Observer]) -> None:
+        self.own, self.observers = [], observers
+        if contents is not None:
+            self.recurrence.reset_cache(contents)
+
+    def route(self, z: mx.array, p: mx.array, own: mx.array) -> tuple[mx.array, mx.array] | None:
+        """Run the recurrence over the tokens of one forward pass (see seam.Window)."""
+        mx.eval(z, p, own)
+        ids = np.array(own).astype(np.intp)
+        self.own.append(ids.astype(np.int32))
+        z_host, p_host = np.array(z), np.array(p)
+        trace = self.recurrence.run(z_host, p_host, ids, biased_from=0 if self.biased else len(ids))
+        phase = "decode" if self.biased else "prefill"
+        for observer in self.observers:
+            call = RoutedCall(
+                self.number, phase, z_host, p_host, ids.astype(np.int64), trace.ids.astype(np.int64), True
+            )
+            observer.observe(call)
+        r = self.recurrence
+        complete = r.residents.capacity == r.residents.num_experts and r.strategy.uses_residents
+        if not self.biased or r.strategy.is_exact or complete:
+            return None
+        return mx.array(trace.residents.astype(np.float32)), mx.array(trace.mean_range)[:, None]
