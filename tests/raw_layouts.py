@@ -53,6 +53,7 @@ P2 = (
     "deepseek_v41",
 )
 P3 = (
+    "mistral3",
     "qwen3_5_moe",
     "gemma4",
     "gemma4_text",
@@ -74,6 +75,7 @@ _SWITCH = re.compile(r"(.*)\.(switch_mlp|switch_glu|experts)\.(gate_proj|up_proj
 _PREFIXES = {
     "qwen3_5_moe": ("language_model.model.", "model.language_model."),
     "gemma4": ("language_model.model.", "model.language_model."),
+    "mistral3": ("language_model.model.", "model.language_model."),
     "laguna": ("model.", "language_model.model."),
 }
 
