@@ -367,7 +367,7 @@ def test_what_is_missing_or_unusable_is_named(refused: Callable[..., str], text:
         (["--task", "text", "--data", tmp_path / "no.txt"], "there is no "),
         (["--task", "text", "--data", tmp_path], "is a folder"),
         (["--task", "text", "--data", tmp_path / "empty.txt"], "holds no text"),
-        (["--task", "poems", "--data", data], "unknown value 'poems' (choose wikitext, text, gsm8k, mmlu)"),
+        (["--task", "poems", "--data", data], "unknown value 'poems' (choose wikitext, text, gsm8k, mmlu, harness:NAME)"),
         ([*text, "--limit", 0], "--limit: must be at least 1, not 0"),
         ([*text, "--window", 5000], "one window needs 5,001"),
         ([*text, "--slots", 3], "slots must be between the 4 experts that a token uses and the 60"),

@@ -241,7 +241,7 @@ def test_a_trace_is_recorded_and_replayed_to_the_same_counts(
     facts = json.loads(command(*SMALL, "--exact", "--trace", trace, "--json").out)
     assert facts["exact"]
     assert simulate([trace, "--slots", "20", "--eviction", "lru", "--json"]) == 0
-    replayed = json.loads(capsys.readouterr().out)["results"][0]
+    replayed = json.loads(capsys.readouterr().out)["results"][0]["decode"]
     assert (replayed["selections"], replayed["misses"]) == (facts["decode"]["selections"], facts["decode"]["misses"])
     again = json.loads(command(*SMALL, "--trace", trace + "2", "--json").out)
     assert not again["exact"]
@@ -562,8 +562,8 @@ def test_the_first_interrupt_is_a_request_and_an_ignored_one_stays_ignored() -> 
 
 def test_the_second_interrupt_ends_the_process_at_once() -> None:
     code = """
-from mlx_moecache.command import run
-from mlx_moecache.interrupt import Interrupt
+from mlx_moecache.console.command import run
+from mlx_moecache.console.interrupt import Interrupt
 import time
 def body():
     with Interrupt() as interrupt:

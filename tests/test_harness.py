@@ -44,7 +44,7 @@ def test_without_the_harness_the_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['lm_eval'] = None\n"
         "from mlx_moecache.errors import UsageError\n"
-        "try: import mlx_moecache.harness_tasks\n"
+        "try: import mlx_moecache.study.harness_tasks\n"
         "except UsageError as e: print(e)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

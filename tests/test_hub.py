@@ -41,7 +41,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 WORKER = """
 import json, sys
 from mlx_moecache.errors import MoeCacheError
-from mlx_moecache.hub import resolve_model
+from mlx_moecache.checkpoints.hub import resolve_model
 
 for line in sys.stdin:
     try:

@@ -337,7 +337,7 @@ def test_a_dense_model_is_refused_as_by_loading(command: Run, tmp_path: Path) ->
 
 WORKER = """
 import contextlib, io, json, sys
-from mlx_moecache.hub import resolve_model
+from mlx_moecache.checkpoints.hub import resolve_model
 from mlx_moecache.info import main as info
 
 def download(argv):

@@ -27,7 +27,7 @@ EXPERTS = "experts-00001-of-00001.safetensors"
 # The command with a real Ctrl-C at the moment the second file is read back.
 INTERRUPTED_RUN = """
 import os, signal, sys
-from mlx_moecache import repacking
+from mlx_moecache.checkpoints import repacking
 from mlx_moecache.repack import main
 real = repacking.hash_file
 def hash_file(path, advance):

@@ -208,7 +208,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from made_traces import header, scores, top
-from mlx_moecache.trace import TraceWriter
+from mlx_moecache.study.trace import TraceWriter
 writer = TraceWriter(Path(sys.argv[1]), header(1))
 z = scores(1, 0)
 for i in range(10**9):
