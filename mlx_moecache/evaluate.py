@@ -163,6 +163,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="results file; if it exists, it is continued (default: none)",
     )
+    arguments.add_trace_argument(group)
     group.add_argument("--json", action="store_true", help="print the results as JSON, not as a table (default: off)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
     parser.add_argument(
@@ -222,7 +223,7 @@ def open_session(args: argparse.Namespace) -> Session:
             progress=is_terminal(sys.stderr) and not args.json,
         )
         status.show(f"reading {args.data or args.task} with the tokenizer of {name} ...")
-        options = ModelOptions(args.memory, args.direct_io, args.trust_remote_code)
+        options = ModelOptions(args.memory, args.direct_io, args.trust_remote_code, args.trace)
         session = Session(folder, name, material, options)
     if earlier is not None:
         session.results.check_continues(earlier, str(args.output))

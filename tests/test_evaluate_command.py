@@ -34,6 +34,7 @@ from mlx_moecache.errors import UsageError
 from mlx_moecache.evaluate import main, split_specs
 from mlx_moecache.loading import OpenedModel
 from mlx_moecache.routing import CachePrior, Original, Strategy
+from mlx_moecache.simulate import main as simulate
 from mlx_moecache.study.recurrence import Counts
 from mlx_moecache.study.result_metrics import Unit
 from mlx_moecache.study.results import load
@@ -367,7 +368,7 @@ def test_what_is_missing_or_unusable_is_named(refused: Callable[..., str], text:
         (["--task", "text", "--data", tmp_path / "no.txt"], "there is no "),
         (["--task", "text", "--data", tmp_path], "is a folder"),
         (["--task", "text", "--data", tmp_path / "empty.txt"], "holds no text"),
-        (["--task", "poems", "--data", data], "unknown value 'poems' (choose wikitext, text, gsm8k, mmlu, harness:NAME)"),
+        (["--task", "poems", "--data", data], "unknown value 'poems' (choose wikitext, text, gsm8k, mmlu, "),
         ([*text, "--limit", 0], "--limit: must be at least 1, not 0"),
         ([*text, "--window", 5000], "one window needs 5,001"),
         ([*text, "--slots", 3], "slots must be between the 4 experts that a token uses and the 60"),
@@ -502,6 +503,26 @@ def test_figures_are_those_of_stepping_the_real_cache(
             assert unit["mass_lost"] == pytest.approx(counts.mass_lost, abs=1e-3)
         scorer.close()
     assert all(u["belady_misses"] <= u["misses"] for u in run["units"] if run["strategy"] == "original")
+
+
+def test_a_trace_of_the_original_routing_replays_to_the_same_misses(
+    command: Callable[..., Done],
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    story: Path,
+    tmp_path: Path,
+) -> None:
+    trace, other = tmp_path / "story.trace", tmp_path / "notes.txt"
+    flags = ("--task", "text", "--data", story, "--window", "64", "--limit", "2", "--slots", "12")
+    strategies = ("--routing", "price:delta=0.05", "--routing", "original")
+    runs = {r["strategy"]: r for r in json.loads(command(*flags, *strategies, "--trace", trace, "--json").out)["runs"]}
+    assert simulate([str(trace), "--slots", "12", "--eviction", "lru", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)["results"][0]
+    assert replayed["exact"]
+    assert replayed["decode"]["misses"] == sum(u["misses"] for u in runs["original"]["units"]) > 0
+    other.write_text("not mine")
+    assert "not a trace" in refused(*flags, "--trace", other)
+    assert other.read_text() == "not mine"
 
 
 def test_ctrl_c_keeps_whole_units_and_the_same_command_goes_on_after_them(story: Path, tmp_path: Path) -> None:

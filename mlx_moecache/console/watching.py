@@ -37,7 +37,7 @@ def watching(args: argparse.Namespace, folder: Path, name: str, model: nn.Module
     cache, dry_run = model.expert_cache, None
     with ExitStack() as stack:
         if args.trace is not None:
-            path = Path(args.trace)
+            path: Path = args.trace
             try:
                 writer = stack.enter_context(TraceWriter(path, describe_run(folder, name, cache)))
             except OSError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from .evaluation import (
     Job,
     OnUnit,
     Reading,
+    Scorer,
     choice_readings,
     measure,
     swapped_nothing,
@@ -37,6 +39,7 @@ from .evaluation import (
 )
 from .evaluation_data import Material
 from .question_scoring import answer_question
+from .recorded import recorded
 from .results import DataFacts, ModelFacts, Results, Run, Settings
 from .tasks import ReplyTask
 from .text_windows import Windows, cut
@@ -52,6 +55,7 @@ class ModelOptions:
     memory: str | int | None = None
     direct_io: bool = False
     trust_remote_code: bool = False
+    trace: Path | None = None  # where the original routing of texts and choices is recorded
 
 
 class Session:
@@ -123,6 +127,8 @@ class Session:
         An exception, also KeyboardInterrupt, leaves whole units only. Raises BudgetError, UnsupportedModelError,
         ReadError, MoeCacheError.
         """
+        if self.options.trace is not None and not self._readings:
+            raise UsageError("--trace records texts and choices that are read; record written answers with generate")
         unfinished = [r for r in runs if len(r.units) < r.n]
         if unfinished and self.material.reply_task is not None:
             for run in unfinished:
@@ -182,11 +188,20 @@ class Session:
 
         jobs = [Job(run, scorer(run, self._strategies[run.routing])) for run in runs]
         own = (j.scorer for j in jobs if isinstance(self._strategies[j.run.routing], Original))
-        exact = next(own, None) or scorer(runs[0], Original())
+        exact: Scorer = next(own, None) or scorer(runs[0], Original())
         bound: Belady | None = None
         if request.initial == "empty":
             bound = partial(belady_misses, variant="paper" if request.accounting == "paper" else "engine")
-        measure(jobs, exact, self._readings, initial=request.initial, belady=bound, on_unit=on_unit)
+        with ExitStack() as stack:
+            if self.options.trace is not None:
+                cold = request.initial == "empty"
+                traced = stack.enter_context(
+                    recorded(exact, model, self.options.trace, self.folder, self.results.model.path, cold=cold)
+                )
+                for job in jobs:
+                    job.scorer = traced if job.scorer is exact else job.scorer
+                exact = traced
+            measure(jobs, exact, self._readings, initial=request.initial, belady=bound, on_unit=on_unit)
 
     def _resident_model(self) -> nn.Module:
         """The model for simulated caches, with as many experts in memory as the budget allows; loaded once."""
