@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+from pathlib import Path
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -238,13 +239,18 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_watching_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("watching the routing")
+def add_trace_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--trace",
+        type=Path,
         metavar="FILE",
         help="append every routing decision to this file, for mlx_moecache simulate and plot (default: none)",
     )
+
+
+def add_watching_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("watching the routing")
+    add_trace_argument(group)
     group.add_argument(
         "--dry-run-strength",
         type=number(0),
