@@ -70,8 +70,7 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[list[float], li
 
     def ratios(rows: Array) -> Array:
         (xa, ya), (xb, yb) = _curve(rows[:, :n]), _curve(rows[:, n:])
-        scale = np.log(len(data) / len(rows))
-        return np.asarray(np.interp(at - scale, xa, ya) - np.interp(at - scale, xb, yb))
+        return np.asarray(np.interp(at, xa, ya) - np.interp(at, xb, yb))
 
     each = [bootstrap(data, lambda rows, i=i: float(np.exp(ratios(rows)[i]))) for i in range(POINTS)]  # type: ignore[misc]
     return list(np.exp(at) / tokens), each, bootstrap(data, lambda rows: float(np.exp(ratios(rows).mean())))
