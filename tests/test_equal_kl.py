@@ -26,6 +26,7 @@ def write(path: Path, families: dict[str, tuple[list[float], float]]) -> Path:
     results = Results(model, DataFacts("text", "x.txt", "0", WINDOWS), settings)
     rng = np.random.default_rng(0)
     size = rng.uniform(0.5, 2.0, WINDOWS)  # windows differ, in the same way for every run
+    size /= size.mean()
     for name, (kls, factor) in families.items():
         strategy, _, eviction = name.partition("/")
         for i, kl in enumerate(kls):
