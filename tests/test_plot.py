@@ -356,7 +356,7 @@ def test_what_simulate_prints_becomes_miss_rate_against_slots(
     assert experts == 4 and [[s for s, _ in points] for points in series.values()] == [[2, 3, 4], [2, 3, 4]]
     assert command(file, "--what", "slots", "--out", out) == (0, f"{out}\n", "")
     assert "--what lifetime needs results of evaluate or sweep" in refused(file, "--what", "lifetime", "--out", out)
-    file.write_text('{"format": "mlx_moecache.study.simulation"}')
+    file.write_text('{"format": "mlx_moecache.simulation"}')
     assert "is not what simulate --json prints" in refused(file, "--what", "slots", "--out", out)
 
 

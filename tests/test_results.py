@@ -70,7 +70,7 @@ def test_a_file_states_format_metrics_and_which_runs_are_complete(tmp_path: Path
     broken.failed = "swapped nothing"
     save(make_results(make_run(), make_run("cache-prior", n=4), broken), tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
-    assert (data["format"], data["version"]) == ("mlx_moecache.study.results", 1)
+    assert (data["format"], data["version"]) == ("mlx_moecache.results", 1)
     assert [r["complete"] for r in data["runs"]] == [True, False, False]
     assert data["runs"][0]["metrics"]["perplexity"] == pytest.approx(math.exp(480 / 192))
     assert data["runs"][0]["metrics"]["accuracy"] is None

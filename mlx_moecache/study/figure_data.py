@@ -171,7 +171,7 @@ def is_simulation(path: Path) -> bool:
     """Whether a file begins as the JSON of `simulate` does; False where it cannot be read."""
     try:
         with path.open("rb") as file:
-            return b'"mlx_moecache.study.simulation"' in file.read(100)
+            return b'"mlx_moecache.simulation"' in file.read(100)
     except OSError:
         return False
 

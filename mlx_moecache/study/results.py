@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import UsageError
 from .result_metrics import Paired, Unit, metrics, paired_units
 
-FORMAT = "mlx_moecache.study.results"
+FORMAT = "mlx_moecache.results"
 VERSION = 1
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")  # whose versions may change what is measured
 
