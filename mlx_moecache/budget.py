@@ -13,26 +13,39 @@ from fractions import Fraction
 
 from .errors import BudgetError, UsageError
 
-AUTO_SHARE_OF_RAM = 0.7
+AUTO_SHARE_OF_RAM = 0.7  # what auto uses at most; the rest is for the system, other programs and the page cache
+AUTO_RESERVE = 1 / 8  # of RAM, which auto leaves of what is available: experts are read through the page cache
 TRANSIENT_SHARE = 0.25  # of what is left beside resident weights and KV: larger chunks are not worth the slots
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens per prefill chunk that the planner may choose
 USEFUL_CHUNK = 256  # tokens; all experts are made resident only if a chunk of this size still fits beside them
-SLACK = 2**19  # bytes for what is too small to be named: masks, indices, scalars, rounding
+SLACK = 2**17  # bytes for what is too small to be named: masks, indices, scalars, rounding
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def parse_memory(memory: str | int, *, physical: int, recommended: int | None) -> int:
+def parse_memory(
+    memory: str | int,
+    *,
+    physical: int,
+    recommended: int | None,
+    available: int | None = None,
+    baseline: int = 0,
+) -> int:
     """Bytes meant by "6GB", "512 MiB", "60%" (of RAM), "auto" or a number of bytes.
 
-    auto: the smaller of the device's recommended working set and 0.7 of RAM. Raises UsageError if it is not a size.
+    auto: the least of 0.7 of RAM less `baseline`, the device's recommended working set, and what is `available` now
+    less an eighth of RAM (but at least half of it). physical: bytes of RAM; available: bytes that the system could give
+    us, None if it does not say; baseline: bytes that this process has already, which count in RAM but not in the
+    budget. Raises UsageError if it is not a size.
     """
     if isinstance(memory, int):
         size = memory
     else:
         text = memory.strip().lower()
         if text == "auto":
-            size = int(AUTO_SHARE_OF_RAM * physical)
-            return min(size, recommended) if recommended else size
+            sizes = [int(AUTO_SHARE_OF_RAM * physical) - baseline, recommended or physical]
+            if available is not None:
+                sizes.append(max(available - int(AUTO_RESERVE * physical), available // 2))
+            return max(1, min(sizes))
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:(%)|([kmgt]?)(i?)b?)", text)
         if match is None or (match[4] and not match[3]):
             raise UsageError(f"{memory!r} is not a memory size; write 4GB, 512MB, 2GiB, 60% (of RAM) or auto")
@@ -68,6 +81,7 @@ class LayerShape:
     num_experts: int  # E
     k: int  # experts per token, the minimum of slots
     bytes_per_expert: int
+    largest_tensor: int = 0  # bytes of the largest tensor of one expert
 
 
 @dataclass(frozen=True)
@@ -125,12 +139,16 @@ class MemoryPlan:
     def room(self) -> int | None:
         """Bytes of KV cache and transients above which MLX should wait for running operations; None: no budget.
 
-        MLX looks after it has allocated, so the largest array must still fit above.
+        MLX looks after it has allocated, so the largest array must still fit above, and what is too small to be named.
         """
+        return self.room_beside(self.slots)
+
+    def room_beside(self, slots: int) -> int | None:
+        """The same if the slots take so many bytes instead of what was planned."""
         if self.budget is None:
             return None
         largest = self.forward.array * self.prefill_step_size
-        return max(0, self.budget - self.resident - self.slots - self.host_buffers - largest)
+        return max(0, self.budget - self.resident - slots - self.host_buffers - largest - SLACK)
 
     def parts(self) -> dict[str, int]:
         return {
@@ -150,35 +168,47 @@ def plan_memory(
     kv: int,
     host_buffers: int,
     budget: int | None = None,
-    slots: int | None = None,
+    slots: int | Sequence[int] | None = None,
     prefill_step_size: int | None = None,
     max_chunk: int = CHUNKS[0],
+    movable: bool = False,
 ) -> MemoryPlan:
-    """Turn a budget in bytes, or a number of slots per layer, into a plan whose total is within the budget.
+    """Turn a budget in bytes, or slots (for each layer, or one number for all), into a plan within the budget.
 
     Every layer gets the same number of slots, at least its k; more budget never means fewer slots. All experts become
     resident if they fit beside a useful prefill chunk. Otherwise a quarter of what weights and KV cache leave is kept
     for transients, unless all of a chunk of `max_chunk` tokens (no prompt is longer) needs less or the shortest chunk
     needs more; then the longest chunk is taken that fits beside the slots. `prefill_step_size`: this chunk, no other.
+    movable: the slots will be resized within the budget, one tensor of one layer at a time, between forward passes; the
+    copy takes the place of transients.
     Raises BudgetError if not even the minimum (k slots per layer) fits, naming the smallest budget that would.
     """
     sizes = CHUNKS if prefill_step_size is None else (prefill_step_size,)
     chunks = list(dict.fromkeys(min(c, max_chunk) for c in sizes))  # longest first
 
+    def copied(counts: Sequence[int]) -> int:
+        return max(s * x.largest_tensor for s, x in zip(counts, layers, strict=True)) if movable else 0
+
     def finish(counts: Sequence[int], chunk: int) -> MemoryPlan:
         complete = any(s == x.num_experts for s, x in zip(counts, layers, strict=True))
-        transient = forward.transient(chunk, complete=complete)
+        transient = max(forward.transient(chunk, complete=complete), copied(counts))
         size = sum(s * x.bytes_per_expert for s, x in zip(counts, layers, strict=True))
         return MemoryPlan(budget, resident, kv, transient, host_buffers, size, tuple(counts), chunk, forward)
 
     if slots is not None:
-        for x in layers:
-            if slots < x.k:
+        wanted = [slots] * len(layers) if isinstance(slots, int) else list(slots)
+        if len(wanted) != len(layers):
+            raise BudgetError(
+                f"{len(wanted)} slot counts do not fit this model, which has {len(layers)} MoE layers; give one number "
+                "for all layers, or one for each"
+            )
+        for x, s in zip(layers, wanted, strict=True):
+            if s < x.k:
                 raise BudgetError(
-                    f"{slots} slots per layer are too few: each token of this model uses {x.k} experts in {x.path}; "
+                    f"{s} slots per layer are too few: each token of this model uses {x.k} experts in {x.path}; "
                     f"use --slots {max(y.k for y in layers)} or more (all: {max(y.num_experts for y in layers)})"
                 )
-        return finish([min(slots, x.num_experts) for x in layers], chunks[0])
+        return finish([min(s, x.num_experts) for x, s in zip(layers, wanted, strict=True)], chunks[0])
 
     assert budget is not None
     smallest = finish([x.k for x in layers], chunks[-1])
@@ -207,7 +237,8 @@ def plan_memory(
     low, high = 0, max(x.num_experts for x in layers)  # the largest s whose slots fit; k of a layer is always granted
     while low < high:
         middle = (low + high + 1) // 2
-        if sum(s * x.bytes_per_expert for s, x in zip(partly(middle), layers, strict=True)) <= room:
+        size = sum(s * x.bytes_per_expert for s, x in zip(partly(middle), layers, strict=True))
+        if size <= min(room, left - copied(partly(middle))):
             low = middle
         else:
             high = middle - 1

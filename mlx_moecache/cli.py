@@ -15,10 +15,12 @@ COMMANDS = {  # name of the command and of its module -> what it does
     "generate": "write a reply to one prompt and say what the expert cache did",
     "evaluate": "measure what routing strategies cost in quality and save in reads",
     "info": "say what a model is made of and how much memory it needs, without loading it",
+    "plan": "say whether a model will run here or on a phone, and how fast it will read",
     "repack": "write a copy of a model in which each expert is one piece on disk",
     "sweep": "measure many strategies, strengths and numbers of slots into one results file",
     "simulate": "replay a recorded trace through other caches: misses, reads, predicted speed",
     "plot": "draw figures from results of evaluate and sweep, and from traces",
+    "doctor": "check that it works on this machine, and write a short report",
 }
 
 

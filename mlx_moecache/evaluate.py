@@ -6,22 +6,25 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import arguments
 from .console.command import INTERRUPTED, run
-from .console.terminal import StatusLine, is_terminal
+from .console.emulated_run import EmulatedRun
+from .console.emulation import add_device_arguments, check_device, emulation_of
+from .console.terminal import StatusLine, is_terminal, write_notes
 from .demo import DEMO_NAME, demo_model
 from .errors import MoeCacheError, UsageError
 from .eviction import EVICTION
 from .study.evaluation_data import HARNESS, TASKS, Request, read_material
+from .study.evaluation_progress import EvaluationProgress
 from .study.result_metrics import Unit
-from .study.result_table import RunningMetric, heading, table
-from .study.results import Results, Run, as_json, load, save
+from .study.result_table import heading, table
+from .study.results import Results, Run, as_json, load
 from .study.text_windows import WINDOW
 
 if TYPE_CHECKING:
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 DEFAULT_ROUTING = ("original", "cache-prior")
-SAVE_EVERY = 5.0  # seconds
 
 EXAMPLES = """examples:
   mlx_moecache evaluate demo --task text --data stories.txt --window 256 --limit 20 --slots 30
@@ -53,6 +55,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_device_arguments(parser)
     group = parser.add_argument_group("strategies and cache")
     group.add_argument(
         "--routing",
@@ -65,7 +68,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--slots",
         type=arguments.whole(1),
         metavar="N",
-        help="experts per layer that the cache holds (default: half of them)",
+        help="experts per layer that the cache holds (default: half of them; with --device, as many as fit)",
     )
     group.add_argument(
         "--eviction",
@@ -80,6 +83,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data, settings and output: all but the strategies and their caches. Shared with sweep."""
+    parser.set_defaults(device=None, flash=None, flash_latency=None)  # a sweep emulates no device
     parser.add_argument(
         "model",
         nargs="?",
@@ -179,10 +183,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(argv: list[str]) -> int:
     args = setup_arg_parser().parse_args(argv)
+    check_device(args)
     specs = split_specs(args.routing or DEFAULT_ROUTING)
     session = open_session(args)
-    runs = [session.plan(s, slots=args.slots, eviction=args.eviction) for s in specs]
-    return measure_and_report(args, session, list({id(r): r for r in runs}.values()))
+    emulated = EmulatedRun(emulation_of(args))
+    if emulated.limits:
+        # What the process holds by now counts as interpreter and libraries, the texts among it.
+        session.options = replace(session.options, memory=emulated.budget, direct_io=True, fit_slots=True)
+    with emulated.explained():
+        runs = [session.plan(s, slots=args.slots, eviction=args.eviction) for s in specs]
+        return measure_and_report(args, session, list({id(r): r for r in runs}.values()), emulated)
 
 
 def split_specs(given: Sequence[str]) -> list[str]:
@@ -223,7 +233,14 @@ def open_session(args: argparse.Namespace) -> Session:
             progress=is_terminal(sys.stderr) and not args.json,
         )
         status.show(f"reading {args.data or args.task} with the tokenizer of {name} ...")
-        options = ModelOptions(args.memory, args.direct_io, args.trust_remote_code, args.trace)
+        emulation = emulation_of(args)
+        options = ModelOptions(
+            args.memory,
+            args.direct_io,
+            args.trust_remote_code,
+            args.trace,
+            flash=None if emulation is None else emulation.flash,
+        )
         session = Session(folder, name, material, options)
     if earlier is not None:
         session.results.check_continues(earlier, str(args.output))
@@ -231,21 +248,33 @@ def open_session(args: argparse.Namespace) -> Session:
     return session
 
 
-def measure_and_report(args: argparse.Namespace, session: Session, runs: Sequence[Run]) -> int:
+def measure_and_report(args: argparse.Namespace, session: Session, runs: Sequence[Run], emulated: EmulatedRun) -> int:
     """Measure what is missing of `runs`, save it to --output now and then, and print all of it; the exit code."""
     results = session.results
-    interrupted = False
+    interrupted, emulation = False, emulated.emulation
+
+    def count(run: Run, unit: Unit) -> None:
+        progress.count(run, unit)
+        if session.loaded is not None:
+            emulated.check(session.loaded)
+
     try:
-        with _Progress(results, runs, args.output, shown=not args.json) as progress, redirect_stdout(sys.stderr):
-            session.measure(runs, progress.count)
+        with (
+            EvaluationProgress(results, runs, args.output, shown=not args.json) as progress,
+            redirect_stdout(sys.stderr),
+        ):
+            session.measure(runs, count)
     except KeyboardInterrupt:
         interrupted = True
     if args.json:
-        print(json.dumps(as_json(results), allow_nan=False), flush=True)
+        facts = as_json(results)
+        facts |= {} if emulation is None else {"emulation": emulation.as_json()}
+        print(json.dumps(facts, allow_nan=False), flush=True)
     elif any(r.units for r in runs):
         width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
         lines = [*heading(results), *table(results.model, runs, width)]
         print("\n".join(lines), flush=True)
+        write_notes(() if emulation is None else emulation.lines(), sys.stderr)
     if interrupted:
         done, wanted = sum(len(r.units) for r in runs), sum(r.n for r in runs)
         kept = "nothing was kept (--output keeps it)"
@@ -257,42 +286,6 @@ def measure_and_report(args: argparse.Namespace, session: Session, runs: Sequenc
     if failed:
         raise MoeCacheError(f"{failed[0]}{f' (and {len(failed) - 1} more)' if len(failed) > 1 else ''}")
     return 0
-
-
-class _Progress:
-    """A bar with the metric so far, on a terminal; and the results file, saved every few seconds and at the end."""
-
-    def __init__(self, results: Results, runs: Sequence[Run], output: Path | None, *, shown: bool) -> None:
-        from tqdm import tqdm
-
-        self._results, self._output = results, output
-        self._saved = time.monotonic()
-        self._sums = {id(r): RunningMetric(r.units) for r in runs}
-        self._bar = tqdm(
-            total=sum(r.n for r in runs),
-            initial=sum(len(r.units) for r in runs),
-            file=sys.stderr,
-            dynamic_ncols=True,
-            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",  # fits in 80 columns
-            disable=not (shown and is_terminal(sys.stderr)),
-        )
-
-    def count(self, run: Run, unit: Unit) -> None:
-        metric = self._sums[id(run)]
-        metric.add(unit)
-        self._bar.set_postfix_str(f"{run.strategy} {metric}", refresh=False)
-        self._bar.update()
-        if self._output is not None and time.monotonic() - self._saved > SAVE_EVERY:
-            save(self._results, self._output)
-            self._saved = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        if self._output is not None and any(r.units for r in self._results.runs):
-            save(self._results, self._output)
 
 
 def _task(text: str) -> str:

@@ -169,8 +169,9 @@ class ExpertCache:
         """Change the number of slots per layer, or fit them to a memory budget; the output does not change.
 
         slots: one number for all layers or one per layer; numbers above a layer's experts mean all of them.
-        Raises UsageError or BudgetError before anything changed, ReadError if a layer that now holds all of its
-        experts could not be filled (layers before it have their new size).
+        Layers that shrink go first, so that while moving at most one tensor of one layer exists twice.
+        Raises UsageError, BudgetError or UnsupportedModelError before anything changed, ReadError if a layer that now
+        holds all of its experts could not be filled (layers before it have their new size).
         """
         if (slots is None) == (memory is None):
             raise UsageError("resize takes either slots or memory")
@@ -187,8 +188,11 @@ class ExpertCache:
                 raise BudgetError(
                     f"{s} slots are too few for {x.path}: each token uses {x.k} experts; the minimum is {x.k}"
                 )
-        for x, s in zip(self.layers, wanted, strict=True):
-            self._resize_layer(x, min(s, x.num_experts))
+            x.pool.check_size(min(s, x.num_experts))
+        # By the bytes that a layer gains: those that give some back first.
+        pairs = [(x, min(s, x.num_experts)) for x, s in zip(self.layers, wanted, strict=True)]
+        for x, s in sorted(pairs, key=lambda pair: (pair[1] - pair[0].residents.capacity) * pair[0].bytes_per_expert):
+            self._resize_layer(x, s)
 
     def close(self) -> None:
         """Release the files. The model can then use only what is resident."""
@@ -216,8 +220,8 @@ class ExpertCache:
 
     def _resize_layer(self, layer: LayerExperts, slots: int) -> None:
         if slots != layer.residents.capacity:
-            layer.pool.resize(slots, layer.residents.resize(slots))
-            layer.on_resize()
+            layer.pool.fence()  # what is pending fails here, if at all, while nothing has changed
+            layer.pool.resize(slots, layer.residents.resize(slots), layer.on_resize)
         self._fill(layer)  # also what an earlier failure left out
 
     def _fill(self, layer: LayerExperts) -> None:

@@ -22,7 +22,7 @@ from .moe_block import WAVE_ROWS, MoeBlock
 KV_STEP = 256  # tokens by which mlx-lm's KV caches grow
 SAMPLING_ROWS = 16  # rows of 4 bytes per vocabulary entry: logits, log-probabilities, and top-p, top-k, min-p sorting
 ROUTER_ROWS = 6  # rows of 4 bytes per expert: logits, probabilities, the selection before it is cut to k, its scores
-PROJECTION_COPIES = 3  # a projection and its rotation (two halves times two products, joined), averaged over q, k, v, o
+PROJECTION_COPIES = 2  # a projection and what its rotation adds, averaged over q, k, v, o
 NORM_ROWS = 4  # normalised input, normalised output, what the attention returns, the new residual
 HELD_ROWS = 4  # local variables of the model's layers: residual, attention output, their sum, its norm
 SSM_ARRAYS = 6  # [heads, 256, 256] float32 arrays of a state-space layer, which works through a chunk in such steps
@@ -123,7 +123,8 @@ def estimate(
         config,
         blocks,
         context=context,
-        kv_copy=layer * (size - KV_STEP) // size,
+        # Each part of a quantised cache grows on its own, and while it does the layer's others are read.
+        kv_copy=layer * (size - KV_STEP) // size * (2 if kv.bits is not None else 1),
         kv_growth_per_token=-(-max(0, most - least) // max(1, longest - shortest)),
         quantized_kv=kv.bits is not None,
     )

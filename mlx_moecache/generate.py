@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 from . import __version__
 from .console import arguments
 from .console.command import INTERRUPTED, run
+from .console.emulated_run import EmulatedRun
+from .console.emulation import add_device_arguments, check_device, emulation_of
 from .console.interrupt import Interrupt, Interrupted
 from .console.prompt import Prompt, check_prompt, parse_template_options, read_text, tokenise
 from .console.report import Reply, as_json, statistics
@@ -60,6 +62,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     arguments.add_model_arguments(parser)
     _add_prompt_arguments(parser)
     arguments.add_memory_arguments(parser)
+    add_device_arguments(parser)
     arguments.add_routing_arguments(parser)
     arguments.add_watching_arguments(parser)
     arguments.add_sampling_arguments(parser)
@@ -88,7 +91,7 @@ class _Ready:
     kv_cache: list[Any]
     sampler: Sampler
     seed: int
-    not_charged: int | None
+    emulated: EmulatedRun
 
 
 def _generate(argv: list[str]) -> int:
@@ -106,6 +109,7 @@ def _generate(argv: list[str]) -> int:
 def _check(args: argparse.Namespace) -> Prompt:
     """Refuse what can be refused without importing MLX, and read the prompt."""
     arguments.check_contradictions(args)
+    check_device(args)
     check_watching(args)
     if args.max_tokens == -1 and args.max_kv_size is None:
         raise UsageError("--max-tokens -1 (no limit) needs --max-kv-size: memory for the KV cache is reserved up front")
@@ -125,7 +129,6 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from . import system
     from .checkpoints.hub import resolve_model
     from .console import options
     from .console.kv_file import read_saved_prompt
@@ -159,39 +162,54 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
     sampler = options.sampler_of(args, tokenizer, _vocabulary(opened.config))
     cached = 0 if saved is None else saved.tokens
     reply_tokens = args.max_tokens if args.max_tokens > 0 else args.max_kv_size
-    not_charged = system.process_footprint()
-    mx.reset_peak_memory()
-    model = opened.load(
-        MemoryOptions(
-            memory=args.memory,
-            slots=args.slots,
-            # A saved cache ends inside of a buffer, and the buffers grow from there: up to one step more.
-            max_context=cached + len(tokens) + reply_tokens + (KV_STEP - 1 if cached else 0),
-            max_prompt=len(tokens),
-            prefill_step_size=args.prefill_step_size,
-            kv=kv,
-        ),
-        options.cache_options(args),
+    emulated = EmulatedRun(emulation_of(args))
+    memory = MemoryOptions(
+        memory=emulated.budget or args.memory,
+        slots=args.slots,
+        # A saved cache ends inside of a buffer, and the buffers grow from there: up to one step more.
+        max_context=cached + len(tokens) + reply_tokens + (KV_STEP - 1 if cached else 0),
+        max_prompt=len(tokens),
+        prefill_step_size=args.prefill_step_size,
+        kv=kv,
+        elastic=args.elastic,
     )
+    with emulated.explained():
+        model = opened.load(memory, options.cache_options(args))
     kv_cache = make_prompt_cache(model, max_kv_size=kv.max_size) if saved is None else saved.cache
-    return _Ready(name or DEMO_NAME, folder, model, tokenizer, tokens, cached, kv, kv_cache, sampler, seed, not_charged)
+    return _Ready(
+        name or DEMO_NAME,
+        folder,
+        model,
+        tokenizer,
+        tokens,
+        cached,
+        kv,
+        kv_cache,
+        sampler,
+        seed,
+        emulated,
+    )
 
 
 def _answer(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, status: StatusLine) -> int:
     from .console.usage import cache_use, memory_use
 
-    with watching(args, ready.folder, ready.name, ready.model) as dry_run:
+    with ready.emulated.explained(), watching(args, ready.folder, ready.name, ready.model) as dry_run:
         reply = _stream(args, ready, interrupt, status)
-    memory = memory_use(ready.model, ready.kv_cache, not_charged=ready.not_charged)
+    memory = memory_use(ready.model, ready.kv_cache, not_charged=ready.emulated.not_charged)
     cache, plan = cache_use(ready.model), ready.model.memory_plan
     estimate = None if dry_run is None else dry_run.estimate()
+    emulation = ready.emulated.emulation
     if args.json:
         run_facts = {"model": ready.name, "seed": ready.seed, "version": __version__}
+        run_facts["emulation"] = None if emulation is None else emulation.as_json()
         run_facts["dry_run"] = None if estimate is None else {**asdict(estimate), "saved": estimate.saved}
         print(json.dumps({**as_json(reply, memory, cache, plan), **run_facts}, allow_nan=False), flush=True)
     elif args.verbose:
         seed = ready.seed if args.temp > 0 else None
         notes = statistics(reply, memory, cache, plan, seed=seed)
+        if emulation is not None:
+            notes += emulation.lines()
         if estimate is not None:
             notes.append(dry_run_line(estimate))
         write_notes(notes, sys.stderr)
@@ -208,6 +226,7 @@ def _stream(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, statu
 
     def progress(done: int, total: int) -> None:
         interrupt.check()
+        ready.emulated.check(ready.model, ready.kv_cache)
         if 0 < done < total - 1:  # more than one step, so it takes a while
             status.show(f"reading the prompt: {done:,} of {total:,} tokens")
 
@@ -234,6 +253,7 @@ def _stream(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, statu
             segments.append(last.text)
             if not args.json:
                 print(last.text, end="", flush=True)
+            ready.emulated.check(ready.model, ready.kv_cache)
             if interrupt.requested:
                 break
     except Interrupted:

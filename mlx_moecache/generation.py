@@ -20,6 +20,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import system
+from .budget import MemoryPlan
+from .elastic import Phase
 from .errors import UsageError
 from .expert_cache import ExpertCache
 from .stats import CacheStats
@@ -67,6 +69,8 @@ def generate_step(prompt: mx.array, model: nn.Module, options: StepOptions) -> I
     if cache is None:
         cache = make_prompt_cache(model, max_kv_size=options.max_kv_size)
     sampler = options.sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
+    before = tokens_in(cache)
+    make_room(model, before + prompt.size, "prefill")
     chunk = options.prefill_step_size or model.memory_plan.prefill_step_size
     progress = options.prompt_progress or (lambda done, total: None)
     seen: mx.array | None = None  # all tokens so far, for logits processors
@@ -116,6 +120,7 @@ def generate_step(prompt: mx.array, model: nn.Module, options: StepOptions) -> I
         if n == options.max_tokens:
             return
         with experts.phase("decode"):
+            make_room(model, before + total + n + 1, "decode", pending=ahead or ())  # 1: the look-ahead
             current = ahead or step(token)
             _start(current)
             ahead = None
@@ -189,6 +194,7 @@ def stream_generate(
         )
 
     began = time.perf_counter()
+    make_room(model, tokens_in(prompt_cache or ()) + prompt.size, "prefill")
     with system.wired(), system.headroom(_room(model, experts, prompt_cache)):
         for n, (token, logprobs) in enumerate(generate_step(prompt, model, options), start=1):
             now = time.perf_counter()
@@ -227,12 +233,29 @@ def expert_cache_of(model: nn.Module) -> ExpertCache:
     return cache
 
 
+def tokens_in(cache: Sequence[Any]) -> int:
+    """Tokens that KV caches hold; caches without a length, as of state-space layers, do not count."""
+    return max((int(getattr(c, "offset", 0)) for c in cache), default=0)
+
+
+def make_room(model: nn.Module, context: int, phase: Phase, *, pending: Sequence[mx.array] = ()) -> None:
+    """Let an elastic model adjust its slots to a KV cache of `context` tokens; others stay as they are.
+
+    pending: arrays that are still computed, maybe from the slots.
+    """
+    elastic = getattr(model, "elastic_slots", None)
+    if elastic is not None:
+        elastic.adjust(context, phase, lambda: mx.eval(*pending))
+
+
 def _room(model: nn.Module, experts: ExpertCache, cache: Sequence[Any] | None) -> int | None:
     """Bytes that a reply may use beside weights and slots before MLX should wait; None if no budget was given."""
-    room: int | None = model.memory_plan.room
-    if room is None or list(model.memory_plan.slots_per_layer) != experts.slots_per_layer:  # resized by slots
+    plan: MemoryPlan = model.memory_plan
+    elastic = getattr(model, "elastic_slots", None) is not None
+    if not elastic and list(plan.slots_per_layer) != experts.slots_per_layer:  # resized by slots
         return None
-    return max(0, room - sum(int(c.nbytes) for c in cache or ()))
+    room = plan.room_beside(experts.nbytes)
+    return None if room is None else max(0, room - sum(int(c.nbytes) for c in cache or ()))
 
 
 def _start(arrays: Sequence[mx.array]) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from . import __version__
 from .console import arguments
 from .console.command import run
-from .console.terminal import StatusLine, is_terminal
+from .console.model_headers import model_headers
+from .console.terminal import StatusLine
 from .demo import DEMO_NAME, demo_model
-from .errors import MoeCacheError
 
 HIT_RATES = (50.0, 80.0, 90.0, 95.0)  # percent
 DEMO = "demo"
@@ -103,7 +103,7 @@ def _info(argv: list[str]) -> int:
         bundled = args.model == DEMO and not Path(DEMO).exists()
         name = DEMO_NAME if bundled else args.model
         source = str(demo_model()) if bundled else args.model
-        with _model_folder(source, args, status) as folder:
+        with model_headers(source, args, status) as folder:
             status.show(f"reading the headers of {name} ...")
             opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
             summary = summarise(opened)
@@ -117,29 +117,6 @@ def _info(argv: list[str]) -> int:
         lines = info_report.screen(name, summary, rows, hit_rates, max_context=args.max_context)
         print("\n".join(lines), flush=True)
     return 0
-
-
-@contextmanager
-def _model_folder(source: str, args: argparse.Namespace, status: StatusLine) -> Iterator[Path]:
-    """The folder of the model, or a skeleton of it in which errors name the repo instead of the temporary folder."""
-    from .checkpoints.hub_headers import resolve_headers
-    from .checkpoints.skeleton import skeleton
-
-    status.clear()  # fetching draws its own bar
-    found = resolve_headers(
-        source,
-        revision=args.revision,
-        with_code=args.trust_remote_code,
-        progress=is_terminal(sys.stderr) and not args.json,
-    )
-    if isinstance(found, Path):
-        yield found
-        return
-    with skeleton(found.files, found.shards) as folder:
-        try:
-            yield folder
-        except MoeCacheError as error:
-            raise type(error)(str(error).replace(str(folder), found.repo_id)) from error
 
 
 if __name__ == "__main__":

@@ -6,32 +6,29 @@ order: routers are tested, memory is planned (or refused), resident weights are 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer
 
 from . import architectures, footprint, system
-from .budget import LayerShape, MemoryPlan, parse_memory, plan_memory
+from .budget import ForwardShape, LayerShape, MemoryPlan, parse_memory, plan_memory
 from .checkpoints.checkpoint import read_index
 from .checkpoints.expert_layout import LayerExtents, locate_experts
-from .checkpoints.expert_major import read_manifest
 from .checkpoints.hub import resolve_model
 from .checkpoints.reader import EmulatedFlash, ExpertReader
-from .checkpoints.skeleton import write_sparse
-from .errors import CheckpointError, MoeCacheError, UnsupportedModelError, UsageError
+from .elastic import ElasticSlots, Stage, stage_contexts
+from .errors import CheckpointError, UnsupportedModelError, UsageError
 from .expert_cache import ExpertCache, LayerExperts
 from .footprint import KVOptions
+from .lazy_model import build_lazily, one_line
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
+from .pressure import system_pressure
 from .routing import Original, Strategy, parse_routing
 
 DEFAULT_MAX_CONTEXT = 4096  # tokens of KV cache that are reserved where the need is not known
@@ -42,11 +39,12 @@ class MemoryOptions:
     """How much memory the model may use, and what of it is reserved."""
 
     memory: str | int | None = None  # "4GB", "60%", "auto", bytes; None and no slots: auto
-    slots: int | None = None  # experts per layer, instead of a budget
+    slots: int | Sequence[int] | None = None  # experts per layer (one number, or one for each), instead of a budget
     max_context: int = DEFAULT_MAX_CONTEXT  # tokens for which KV cache is reserved
     max_prompt: int | None = None  # tokens of the longest prompt, if known: no prefill chunk is longer
     prefill_step_size: int | None = None  # tokens per chunk; None: the planner chooses
     kv: KVOptions = field(default_factory=KVOptions)
+    elastic: bool = False  # slots give way to the KV cache as it grows, and under memory pressure (elastic.py)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class OpenedModel:
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
         self.index = read_index(folder)
-        self.model, self.config = _build_lazily(folder, trust_remote_code)
+        self.model, self.config = build_lazily(folder, trust_remote_code=trust_remote_code)
         self.blocks: list[MoeBlock] = find_blocks(self.model)
         known = architectures.find(type(self.model).__module__.rpartition(".")[2])
         self.extents: list[LayerExtents] = [
@@ -99,31 +97,76 @@ class OpenedModel:
                     f"{self.folder} brings its own tokenizer code; add --trust-remote-code if you trust it"
                 ) from e
             raise CheckpointError(
-                f"no usable tokenizer in {self.folder}: {_one_line(e)}; download the model again"
+                f"no usable tokenizer in {self.folder}: {one_line(e)}; download the model again"
             ) from e
         try:
             for token in extra_eos_tokens:
                 tokenizer.add_eos_token(token)
         except ValueError as e:
-            raise UsageError(f"the tokenizer in {self.folder} cannot end at this token: {_one_line(e)}") from e
+            raise UsageError(f"the tokenizer in {self.folder} cannot end at this token: {one_line(e)}") from e
         return tokenizer
 
     @property
     def layer_shapes(self) -> list[LayerShape]:
-        return [LayerShape(b.path, b.num_experts, b.k, b.bytes_per_expert) for b in self.blocks]
+        return [
+            LayerShape(b.path, b.num_experts, b.k, b.bytes_per_expert, max(c.nbytes for c in b.components))
+            for b in self.blocks
+        ]
 
     def plan(self, options: MemoryOptions, *, host_buffers: int = 0) -> MemoryPlan:
-        """The memory plan that `load` follows. Raises BudgetError or UsageError."""
+        """The memory plan that `load` follows; of an elastic model, the first. Raises BudgetError or UsageError."""
+        if options.elastic:
+            return self.stages(options, host_buffers=host_buffers)[0].prefill
+        self._check(options)
+        budget = (
+            None if options.slots is not None else budget_here("auto" if options.memory is None else options.memory)
+        )
+        need = self._estimate(options, options.max_context)
+        return self._plan(options, options.max_context, need, host_buffers=host_buffers, budget=budget)
+
+    def stages(self, options: MemoryOptions, *, host_buffers: int = 0) -> list[Stage]:
+        """The plans of an elastic model as its context grows from the prompt to `max_context` tokens.
+
+        Raises BudgetError if the last one does not fit, UsageError without a budget.
+        """
+        self._check(options)
+        if options.slots is not None:
+            raise UsageError("elastic slots need a memory budget to stay within, not a number of slots; give memory")
+        budget = budget_here("auto" if options.memory is None else options.memory)
+        first = min(options.max_context, options.max_prompt or footprint.KV_STEP)
+        contexts = stage_contexts(first, options.max_context, footprint.KV_STEP)
+        # Caches other than plain ones may keep more of a long chunk than of single tokens.
+        plain = all(type(c) is KVCache for c in make_prompt_cache(self.model, max_kv_size=options.kv.max_size))
+        found = []
+        for context in reversed(contexts):  # the longest first: if any does not fit, it is that one
+            need = self._estimate(options, context)
+            prefill = self._plan(options, context, need, host_buffers=host_buffers, budget=budget)
+            single = replace(options, prefill_step_size=1)
+            decode = self._plan(single, context, need, host_buffers=host_buffers, budget=budget) if plain else prefill
+            found.append(Stage(context, prefill, decode))
+        return found[::-1]
+
+    def _check(self, options: MemoryOptions) -> None:
         if options.memory is not None and options.slots is not None:
             raise UsageError("give either memory or slots, not both: slots say how much memory the experts take")
         if options.max_context < 1:
             raise UsageError(f"max context must be at least 1 token, not {options.max_context}")
-        memory: str | int = "auto" if options.memory is None else options.memory
-        budget = None
-        if options.slots is None:
-            budget = budget_here(memory)
-        context, chunk = options.max_context, options.prefill_step_size
-        kv, forward = footprint.estimate(self.model, self.config, self.blocks, options.kv, context=context, chunk=chunk)
+
+    def _estimate(self, options: MemoryOptions, context: int) -> tuple[int, ForwardShape]:
+        return footprint.estimate(
+            self.model, self.config, self.blocks, options.kv, context=context, chunk=options.prefill_step_size
+        )
+
+    def _plan(
+        self,
+        options: MemoryOptions,
+        context: int,
+        need: tuple[int, ForwardShape],
+        *,
+        host_buffers: int,
+        budget: int | None,
+    ) -> MemoryPlan:
+        kv, forward = need
         return plan_memory(
             self.layer_shapes,
             forward,
@@ -132,8 +175,9 @@ class OpenedModel:
             host_buffers=host_buffers,
             budget=budget,
             slots=options.slots,
-            prefill_step_size=chunk,
+            prefill_step_size=options.prefill_step_size,
             max_chunk=min(context, options.max_prompt or context),
+            movable=options.elastic,
         )
 
     def load(self, memory: MemoryOptions, cache: CacheOptions) -> nn.Module:
@@ -143,7 +187,8 @@ class OpenedModel:
         """
         reader = ExpertReader(self.index.shards, threads=cache.threads, direct_io=cache.direct_io, flash=cache.flash)
         try:
-            plan = self.plan(memory, host_buffers=reader.host_buffer_bytes)
+            stages = self.stages(memory, host_buffers=reader.host_buffer_bytes) if memory.elastic else []
+            plan = stages[0].prefill if stages else self.plan(memory, host_buffers=reader.host_buffer_bytes)
             strategy = parse_routing(
                 cache.routing,
                 strength=cache.strength,
@@ -179,7 +224,16 @@ class OpenedModel:
             raise
         self.model.expert_cache = expert_cache
         self.model.memory_plan = plan
+        self.model.elastic_slots = self._elastic_slots(stages, expert_cache) if stages else None
         return self.model
+
+    def _elastic_slots(self, stages: Sequence[Stage], cache: ExpertCache) -> ElasticSlots:
+        def apply(plan: MemoryPlan, slots: Sequence[int]) -> None:
+            if list(slots) != cache.slots_per_layer:
+                cache.resize(slots=slots)
+            self.model.memory_plan = plan
+
+        return ElasticSlots(stages, [b.k for b in self.blocks], apply, system_pressure())
 
     def _refuse_slow_dtypes(self) -> None:
         """MLX's CPU backend multiplies unquantised experts in float32 only; it would fail at the first token."""
@@ -209,7 +263,7 @@ class OpenedModel:
                 resident=first.resident,
                 kv=first.kv,
                 host_buffers=first.host_buffers,
-                budget=budget_here(memory),
+                budget=budget_here(memory, held=first.resident + self.model.expert_cache.nbytes),
                 prefill_step_size=first.prefill_step_size,
             )
             self.model.memory_plan = plan
@@ -222,8 +276,9 @@ def load(
     path_or_repo: str,
     *,
     memory: str | int | None = None,
-    slots: int | None = None,
+    slots: int | Sequence[int] | None = None,
     max_context: int = DEFAULT_MAX_CONTEXT,
+    elastic: bool = False,
     routing: str | Strategy = "cache-prior",
     strength: float | None = None,
     top_j: int | None = None,
@@ -236,7 +291,9 @@ def load(
 
     path_or_repo: a model folder or a Hugging Face repo id (downloaded once, with progress bars on a terminal).
     memory: "6GB", "60%" (of RAM), "auto" or bytes, for everything that the model causes; slots: experts per layer,
-    instead. max_context: tokens for which KV cache is reserved. routing: a name, a spec such as
+    instead (one number, or one for each layer). max_context: tokens for which KV cache is reserved. elastic: start with
+    more slots, and give them back as the KV cache grows or while the system is short of memory (this package's
+    generate and stream_generate do that; mlx_lm's do not). routing: a name, a spec such as
     "cache-prior:strength=0.05,j=1", or a strategy of mlx_moecache.routing; "original" is exact. strength, top_j: the
     paper's lambda and J. eviction: "lru", "lfu", "lfru", "decay" or "decay:0.98". direct_io: bypass the page cache.
 
@@ -250,57 +307,22 @@ def load(
     opened = OpenedModel(resolve_model(path_or_repo, revision=revision), trust_remote_code=trust_remote_code)
     tokenizer = opened.tokenizer()
     model = opened.load(
-        MemoryOptions(memory=memory, slots=slots, max_context=max_context),
+        MemoryOptions(memory=memory, slots=slots, max_context=max_context, elastic=elastic),
         CacheOptions(routing=routing, strength=strength, top_j=top_j, eviction=eviction, direct_io=direct_io),
     )
     return model, tokenizer
 
 
-def budget_here(memory: str | int) -> int:
-    """Bytes that `memory` means on this machine (see parse_memory). Raises UsageError if it is not a size."""
-    return parse_memory(memory, physical=system.physical_memory(), recommended=system.recommended_working_set())
+def budget_here(memory: str | int, *, held: int = 0) -> int:
+    """Bytes that `memory` means on this machine (see parse_memory). held: bytes that are ours already and part of it.
 
-
-def _build_lazily(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        with _as_mlx_lm_expects(folder) as files:
-            model, config = mlx_lm_load_model(files, lazy=True, trust_remote_code=trust_remote_code)
-    except MoeCacheError:
-        raise
-    except ValueError as e:
-        text = _one_line(e)
-        if "trust_remote_code" in text:
-            raise UsageError(f"{folder} brings its own model code; add --trust-remote-code if you trust it") from e
-        if "not supported" in text:
-            raise UnsupportedModelError(
-                f"mlx-lm cannot build this model: {text}; upgrade mlx-lm or choose another"
-            ) from e
-        raise CheckpointError(f"the weights in {folder} do not fit its config.json: {text}") from e
-    except Exception as e:  # a config that lacks keys makes model code raise KeyError, TypeError and others
-        raise CheckpointError(f"mlx-lm cannot build the model in {folder}: {type(e).__name__}: {_one_line(e)}") from e
-    return model, config
-
-
-@contextmanager
-def _as_mlx_lm_expects(folder: Path) -> Iterator[Path]:
-    """`folder`, or for a repacked one a temporary folder of links, in which a hole stands for the original's experts.
-
-    mlx-lm infers much from the presence of expert tensors. They are replaced before anything is evaluated; what else
-    was opened there stays open when the folder is gone.
+    Raises UsageError if it is not a size.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="mlx_moecache-") as name:
-        links = Path(name)
-        # Before the links: a link of this name would be written through.
-        write_sparse(links / "model-experts.safetensors", manifest.tensors)
-        for file in folder.resolve().iterdir():
-            (links / file.name).symlink_to(file)
-        yield links
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    available = system.available_memory()
+    return parse_memory(
+        memory,
+        physical=system.physical_memory(),
+        recommended=system.recommended_working_set(),
+        available=None if available is None else available + held,
+        baseline=max(0, (system.process_footprint() or 0) - held),
+    )

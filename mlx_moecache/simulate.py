@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from . import __version__
-from .budget import parse_memory
 from .console import arguments
 from .console.command import run
+from .console.emulation import add_flash_arguments, emulation_of
 from .console.terminal import StatusLine, write_notes
 from .errors import UsageError
 
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   mlx_moecache simulate run.trace
   mlx_moecache simulate run.trace --slots 20,30 --eviction lru,decay:0.99 --flash 2GB/s --compute-ms 8
   mlx_moecache simulate run.trace --routing original --routing cache-prior:strength=0.1,j=2 --json
+  mlx_moecache simulate run.trace --slots 30 --allocate
 
 Exact for a trace of original routing that is replayed with original routing. With ~: an approximation, since other
 routes would have led to other scores. belady: the fewest misses that any eviction could reach on these routes;
@@ -80,19 +81,20 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="one pool of slots for all layers, as many in total; --eviction lru or least-stale (default: a cache per "
         "layer)",
     )
+    group.add_argument(
+        "--allocate",
+        action="store_true",
+        help="share as many slots among the layers by how much each would miss: learnt from the first half of the "
+        "trace, judged on the second; prints --slots for generate if that helps (default: the same for each layer)",
+    )
     group = parser.add_argument_group("device")
     group.add_argument(
-        "--flash",
-        type=flash_speed,
-        metavar="SPEED",
-        help="how fast experts are read, such as 2GB/s (default: no times)",
+        "--device",
+        metavar="NAME",
+        help="read as from the flash of a phone, tablet or laptop such as iphone-16-pro (default: no times)",
     )
-    group.add_argument(
-        "--latency",
-        type=duration,
-        metavar="TIME",
-        help="what a layer that has to read waits beside, such as 100us (default: 0us)",
-    )
+    add_flash_arguments(group, otherwise="that of --device, else no times")
+    group.add_argument("--latency", dest="flash_latency", type=arguments.duration, help=argparse.SUPPRESS)
     group.add_argument(
         "--compute-ms",
         type=arguments.number(0),
@@ -111,37 +113,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(lambda: _simulate(given), debug="--debug" in given)
 
 
-def flash_speed(text: str) -> int:
-    """ "2GB/s" -> bytes per second."""
-    match = re.fullmatch(r"\s*([0-9.]+\s*[kmgt]?i?b)/s\s*", text.lower())
-    try:
-        if match is None:
-            raise UsageError("no speed")
-        return parse_memory(match[1], physical=0, recommended=None)
-    except UsageError:
-        raise argparse.ArgumentTypeError(f"needs a speed such as 2GB/s or 500MB/s, not {text!r}") from None
-
-
-def duration(text: str) -> float:
-    """ "100us" -> seconds."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(us|µs|ms|s)\s*", text.lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"needs a time such as 100us or 0.2ms, not {text!r}")
-    return float(match[1]) * {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
-
-
 def _simulate(argv: list[str]) -> int:
     args = setup_arg_parser().parse_args(argv)
-    if args.flash is None and (args.latency is not None or args.compute_ms is not None):
-        flag = "--latency" if args.latency is not None else "--compute-ms"
-        raise UsageError(f"{flag} is part of the predicted time, which also needs --flash, such as --flash 2GB/s")
+    emulation = emulation_of(args)
+    if emulation is None and args.compute_ms is not None:
+        raise UsageError("--compute-ms is part of the predicted time, which also needs --flash, such as --flash 2GB/s")
     if args.shared_pool and (args.routing not in (None, ["original"]) or args.initial != "empty"):
         flag = "--routing" if args.initial == "empty" else "--initial"
         raise UsageError(
             f"--shared-pool replays original routing from an empty pool, so {flag} has no use; leave it out"
         )
+    if args.allocate:
+        _check_allocate(args)
     if not args.trace.is_file():
         raise UsageError(f"no trace at {args.trace}; record one with mlx_moecache generate --trace FILE")
+    if args.allocate:
+        return _allocate(args)
     from .study.simulation import Device, settings, shared_settings, simulate, simulate_shared
     from .study.simulation_report import as_json, table
     from .study.trace import read_trace
@@ -160,14 +147,73 @@ def _simulate(argv: list[str]) -> int:
         else:
             chosen = settings(trace, args.routing or ["original"], args.eviction or EVICTIONS, slots)
             results = simulate(trace, chosen, initial=args.initial, seed=args.seed, progress=progress)
-    device = Device(args.flash, args.latency or 0.0, (args.compute_ms or 0.0) / 1000)
+    device = Device(compute=(args.compute_ms or 0.0) / 1000)
+    if emulation is not None:
+        flash = emulation.flash
+        device = replace(device, flash=flash.bytes_per_second, latency=flash.latency_seconds)
     if args.json:
-        facts = {"shared_pool": args.shared_pool, "initial": args.initial, "seed": args.seed, "version": __version__}
+        facts: dict[str, object] = {
+            "shared_pool": args.shared_pool,
+            "initial": args.initial,
+            "seed": args.seed,
+            "version": __version__,
+        }
+        facts["emulation"] = None if emulation is None else emulation.as_json()
         print(json.dumps({**as_json(trace, results, device), **facts}, allow_nan=False))
     else:
         print("\n".join(table(trace, results, device, shared=args.shared_pool)))
+        if emulation is not None and emulation.device is not None:
+            write_notes([f"flash of {emulation.device.title}: {emulation.speed}"], sys.stderr)
         if trace.note:
             write_notes([f"note: {trace.note}"], sys.stderr)
+    return 0
+
+
+def _check_allocate(args: argparse.Namespace) -> None:
+    """Refuse what has no use beside --allocate. Raises UsageError."""
+    given = {
+        "--shared-pool": args.shared_pool,
+        "--routing": args.routing not in (None, ["original"]),
+        "--initial": args.initial != "empty",
+        "--device": args.device is not None,
+        "--flash": args.flash is not None,
+        "--compute-ms": args.compute_ms is not None,
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise UsageError(f"--allocate counts misses of original routing, so {flag} has no use; leave it out")
+    if args.eviction is not None and len(args.eviction) > 1:
+        raise UsageError("--allocate works for one eviction policy at a time; give one --eviction")
+
+
+def _allocate(args: argparse.Namespace) -> int:
+    from .eviction import make_policy
+    from .study import slot_sharing
+    from .study.simulation import check_slots
+    from .study.simulation_report import describe
+    from .study.trace import read_trace
+
+    eviction = args.eviction[0] if args.eviction else "lru"
+    make_policy(eviction)
+    with StatusLine(sys.stderr, enabled=not args.json) as status:
+        status.show("reading the trace ...")
+        trace = read_trace(args.trace)
+        slots = args.slots or _default_slots(trace)
+        check_slots(trace, slots)
+        layers = slot_sharing.halves(
+            trace, eviction, progress=lambda done, total: status.show(f"layers: {done} of {total}")
+        )
+    results = [slot_sharing.share(layers, n) for n in slots]
+    if args.json:
+        facts = {"format": "mlx_moecache.study.slot_sharing", "eviction": eviction, "version": __version__}
+        print(json.dumps({**facts, "results": slot_sharing.as_json(results)}))
+        return 0
+    decode = any(bool(x.decode.any()) for x in trace.layers)
+    print("\n".join([*describe(trace, decode), *slot_sharing.lines(results)]))
+    notes = [trace.note] if trace.note else []
+    if not trace.is_original:
+        notes.append("the trace was recorded under a routing that changed selections: its misses are approximate")
+    write_notes([f"note: {n}" for n in notes], sys.stderr)
     return 0
 
 

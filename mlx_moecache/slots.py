@@ -7,7 +7,7 @@ with ``pool[i] = x``, which copies the whole array whenever a pending operation 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -60,27 +60,43 @@ class SlotPool:
             mx.eval(*self._unfenced)
             self._unfenced.clear()
 
-    def resize(self, slots: int, moves: Mapping[int, int]) -> None:
+    def check_size(self, slots: int) -> None:
+        """Raise UnsupportedModelError if MLX cannot have arrays of so many slots."""
+        for c in self.components:
+            _check_size(c, slots)
+
+    def resize(self, slots: int, moves: Mapping[int, int], adopt: Callable[[], None] = lambda: None) -> None:
         """Change to `slots` slots; `moves` says which old slot's bytes go to which new slot, the others are dropped.
 
-        While moving, at most this layer's old slots exist beside the new ones. Pending operations keep the old arrays,
-        which are not written again.
+        `adopt` hands the arrays to whoever computes with them; it is called after each component, so that its old array
+        is free before the next one moves: no more than one component exists twice. Pending outputs are evaluated first,
+        as they would keep the old arrays. Raises UnsupportedModelError before anything changed.
         """
+        self.check_size(slots)
+        self.fence()
         for i, c in enumerate(self.components):
-            array, view = _allocate(c, slots)
-            n, old = c.nbytes, self._views[i]
-            for source, target in moves.items():
-                view[target * n : (target + 1) * n] = old[source * n : (source + 1) * n]
-            self.arrays[c.name], self._views[i] = array, view
+            self._move(i, c, slots, moves)
+            adopt()
+            mx.clear_cache()  # on Metal the old buffer would stay with MLX
         self.slots = slots
-        self._unfenced.clear()
+
+    def _move(self, i: int, c: ComponentSpec, slots: int, moves: Mapping[int, int]) -> None:
+        array, view = _allocate(c, slots)
+        n, old = c.nbytes, self._views[i]
+        for source, target in moves.items():
+            view[target * n : (target + 1) * n] = old[source * n : (source + 1) * n]
+        self.arrays[c.name], self._views[i] = array, view
 
 
-def _allocate(c: ComponentSpec, slots: int) -> tuple[mx.array, memoryview]:
+def _check_size(c: ComponentSpec, slots: int) -> None:
     if slots * math.prod(c.shape) > MAX_ELEMENTS:
         raise UnsupportedModelError(
             f"{slots} slots of {c.name} {c.shape} exceed MLX's limit of 2^31 elements in one array; use fewer --slots"
         )
+
+
+def _allocate(c: ComponentSpec, slots: int) -> tuple[mx.array, memoryview]:
+    _check_size(c, slots)
     array = mx.zeros((slots, *c.shape), dtype=getattr(mx, c.dtype))
     mx.eval(array)  # a lazy array has no buffer yet
     buffer: Any = array  # the stubs do not tell that arrays support the buffer protocol

@@ -9,12 +9,15 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
 
-RUSAGE_INFO_V2 = 2  # <sys/resource.h>; in its struct ri_phys_footprint is the 8th uint64 after a 16-byte uuid
+RUSAGE_INFO_V2, RUSAGE_INFO_V4 = 2, 4  # <sys/resource.h>; both structs are a uuid of 16 bytes and then uint64
+FOOTPRINT, PEAK_FOOTPRINT = 7, 28  # which of these are ri_phys_footprint and ri_lifetime_max_phys_footprint
+HOST_VM_INFO64, VM_STATISTICS_INTS = 4, 38  # <mach/host_info.h>: the flavor, and the size of its struct in int32
+FREE, INACTIVE, PURGEABLE = 0, 2, 22  # which int32 of vm_statistics64 are these page counts
 CACHE_SHARE = 1 / 16  # of RAM: freed buffers that MLX may keep on Metal; its own limit is nearly all memory
 
 
@@ -38,19 +41,54 @@ def on_cpu() -> bool:
 def process_footprint() -> int | None:
     """Bytes that the system charges this process with, file pages excluded; None where that is unknown."""
     if sys.platform == "darwin":
-        return _phys_footprint()
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return None
+        return _rusage(RUSAGE_INFO_V2, FOOTPRINT)
+    return _status().get("RssAnon")
 
 
-def _cgroup_limits(root: Path) -> Iterator[int]:
-    """memory.max of the control group of this process and of those above it (version 2; nothing elsewhere)."""
+def reset_peak_footprint() -> None:
+    """Let `peak_footprint` count from now on, where the system can do that (Linux)."""
+    with suppress(OSError):  # no such file, or a sandbox that does not allow it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_footprint() -> int | None:
+    """The most that `process_footprint` has been since the last reset (macOS: ever); None where that is unknown.
+
+    Linux keeps the peak of all pages: those of files and shared memory that are there now are taken off.
+    """
+    if sys.platform == "darwin":
+        return _rusage(RUSAGE_INFO_V4, PEAK_FOOTPRINT)
+    status = _status()
+    if "VmHWM" not in status or "RssAnon" not in status:
+        return status.get("RssAnon")
+    files = status.get("RssFile", 0) + status.get("RssShmem", 0)
+    return max(status["RssAnon"], status["VmHWM"] - files)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that the system could still give to this process without swapping; None where it does not say.
+
+    Pages of files count as available: they can be read again. Linux: MemAvailable, or what the control groups leave.
+    macOS: free, inactive and purgeable pages, some of which it would have to compress.
+    """
+    if sys.platform == "darwin":
+        return _mac_available()
+    available = [n for name, n in meminfo(root).items() if name == "MemAvailable"]
+    for folder in cgroup_folders(root):
+        usage = cgroup_usage(folder)
+        if usage is not None:
+            used, limit = usage
+            available.append(max(0, limit - used))
+    return min(available, default=None)
+
+
+def meminfo(root: Path) -> dict[str, int]:
+    """Bytes of MemTotal and MemAvailable, as far as the system says (Linux)."""
+    return _fields(root / "proc/meminfo", ("MemTotal", "MemAvailable"))
+
+
+def cgroup_folders(root: Path) -> Iterator[Path]:
+    """The control group of this process and those above it (version 2; nothing elsewhere)."""
     top = root / "sys/fs/cgroup"
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
@@ -60,21 +98,71 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
         for folder in (top / path, *(top / path).parents):
             if not folder.is_relative_to(top):
                 break
-            try:
-                limit = int((folder / "memory.max").read_text())
-            except (OSError, ValueError):  # no such file, or "max"
-                continue
+            yield folder
+
+
+def cgroup_usage(folder: Path) -> tuple[int, int] | None:
+    """Bytes that a control group uses, pages of files left out, and what it may use; None if it has no limit."""
+    limits = [n for n in (_number(folder / name) for name in ("memory.max", "memory.high")) if n is not None]
+    used = _number(folder / "memory.current")
+    if not limits or used is None:
+        return None
+    files = 0
+    with suppress(OSError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            files += int(value) if name in ("active_file", "inactive_file") else 0
+    return max(0, used - files), min(limits)
+
+
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    for folder in cgroup_folders(root):
+        limit = _number(folder / "memory.max")
+        if limit is not None:
             yield limit
 
 
-def _phys_footprint() -> int | None:
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _status() -> dict[str, int]:
+    return _fields(Path("/proc/self/status"), ("VmHWM", "RssAnon", "RssFile", "RssShmem"))
+
+
+def _fields(path: Path, names: tuple[str, ...]) -> dict[str, int]:
+    """Bytes by name from lines such as "RssAnon:   1234 kB"; those that are missing are left out."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in names}
+
+
+def _rusage(flavor: int, field: int) -> int | None:
     buffer = (ctypes.c_uint64 * 64)()
     try:
         library = ctypes.CDLL("/usr/lib/libproc.dylib")
-        failed = library.proc_pid_rusage(os.getpid(), RUSAGE_INFO_V2, ctypes.byref(buffer))
+        failed = library.proc_pid_rusage(os.getpid(), flavor, ctypes.byref(buffer))
     except (OSError, AttributeError):
         return None
-    return None if failed else int(buffer[2 + 7])
+    return None if failed else int(buffer[2 + field])
+
+
+def _mac_available() -> int | None:
+    info, count = (ctypes.c_uint32 * 64)(), ctypes.c_uint32(VM_STATISTICS_INTS)
+    try:
+        library = ctypes.CDLL("/usr/lib/libSystem.B.dylib")
+        host = ctypes.c_uint32(library.mach_host_self())
+        failed = library.host_statistics64(host, HOST_VM_INFO64, ctypes.byref(info), ctypes.byref(count))
+    except (OSError, AttributeError):
+        return None
+    pages = info[FREE] + info[INACTIVE] + info[PURGEABLE]
+    return None if failed else pages * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def limit_buffer_cache() -> None:
@@ -103,13 +191,17 @@ def headroom(room: int | None) -> Iterator[None]:
     """While inside, let MLX use `room` bytes more than now before it waits for running operations; None: no limit.
 
     MLX makes arrays ahead of those that it computes, to keep the device busy. Above its memory limit it stops doing so
-    (and on Metal it gives cached buffers back), which is slower but needs less.
+    (and on Metal it gives cached buffers back), which is slower but needs less. The CPU backend keeps freed buffers
+    whatever its limit: there they are given back at once, which costs no time that we could measure.
     """
     if room is None:
         yield
         return
     before = mx.set_memory_limit(mx.get_active_memory() + room)
+    cache = mx.set_cache_limit(0) if on_cpu() else None
     try:
         yield
     finally:
         mx.set_memory_limit(before)
+        if cache is not None:
+            mx.set_cache_limit(cache)

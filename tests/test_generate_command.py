@@ -169,7 +169,7 @@ def test_statistics_go_to_stderr_and_only_the_reply_to_stdout(command: Run) -> N
     done = command(*SMALL)
     assert done.code == 0
     assert done.out.endswith("\n") and "hit" not in done.out and "\x1b" not in done.out + done.err
-    tokens, experts, cache, memory, rest = done.err.splitlines()
+    tokens, experts, cache, memory, plan, rest = done.err.splitlines()
     rate, share, size = r"[\d,.]+ tok/s", r"[\d.]+% hit \([\d,]+/[\d,]+\)", r"[\d.]+ [KMG]?B"
     swaps = r"([\d.]+% of selections swapped|nothing swapped: exact)"
     for line, pattern in (
@@ -177,6 +177,7 @@ def test_statistics_go_to_stderr_and_only_the_reply_to_stdout(command: Run) -> N
         (experts, rf"experts  {share} decode · {size}/token read · {share} prefill · [\d.e-]+ GB/s"),
         (cache, rf"cache    20/60 per layer, lru · cache-prior λ=0.1 J=2, {swaps}"),
         (memory, rf"memory   weights {size} \+ slots {size} \+ KV {size} \+ transients {size}"),
+        (plan, rf"plan     {size} · measured {size} \([\d.]+ of it\) · process {size}"),
         (rest, rf"not charged: interpreter and libraries {size}"),
     ):
         assert re.fullmatch(pattern, line), line
@@ -198,6 +199,32 @@ def test_direct_io_counts_its_buffers_and_reports_what_it_used(command: Run) -> 
     assert result["io_mode"] != "buffered"
     assert (result["memory"]["host_buffers"] > 0) == (result["io_mode"] == "direct")
     assert (result["io_note"] is None) == (result["io_mode"] in ("direct", "nocache"))
+
+
+def test_slots_may_differ_from_layer_to_layer(command: Run) -> None:
+    result = figures(command("-m", "8", "-p", STORY, "--slots", "20,25,30,60,20,8", "--exact", "--json"))
+    assert result["slots_per_layer"] == [20, 25, 30, 60, 20, 8]
+    assert result["text"] == figures(command("-m", "8", "-p", STORY, "--slots", "60", "--exact", "--json"))["text"]
+    assert result["plan"]["slots"] == result["memory"]["slots"]
+
+
+def test_slots_for_another_number_of_layers_are_refused(refused: Callable[..., str]) -> None:
+    assert "3 slot counts do not fit this model, which has 6 MoE layers" in refused("--slots", "20,30,40", "-p", STORY)
+    assert "3 slots per layer are too few" in refused("--slots", "20,20,20,3,20,20", "-p", STORY)
+
+
+def test_elastic_slots_say_how_often_they_moved_and_reply_as_before(command: Run) -> None:
+    held = held_by_other_tests()
+    result = figures(command("-m", "40", "-p", STORY, "--exact", "--json", "--memory", "9MB", "--elastic"))
+    plain = figures(command("-m", "40", "-p", STORY, "--exact", "--json", "--memory", "9MB"))
+    assert result["text"] == plain["text"] and plain["resizes"] is None
+    assert set(result["resizes"]) <= {"context", "room", "pressure", "calm"}
+    assert result["measured_bytes"] - held <= 9_000_000
+    assert result["footprint_bytes"] > result["not_charged_bytes"]
+
+
+def test_elastic_slots_need_a_budget(refused: Callable[..., str]) -> None:
+    assert "--slots and --elastic" in refused("--slots", "20", "--elastic", "-p", STORY)
 
 
 def test_json_is_one_object_whose_figures_agree(command: Run) -> None:
@@ -311,7 +338,7 @@ def test_differing_slots_bytes_and_thousands_are_written_for_people() -> None:
     memory = MemoryUse(3_120_000_000, 10**9, 15 * 10**8, 10**8, 2_000_000, None)
 
     class Plan:
-        budget = 4_000_000_000
+        budget, total = 4_000_000_000, 3_900_000_000
 
     assert statistics(reply, memory, cache, Plan(), seed=None) == [  # type: ignore[arg-type]
         "42 tokens (interrupted) · 31.4 tok/s · prompt 210.8 tok/s (1,200 tokens after 300 saved) · peak 3.12 GB",
@@ -319,6 +346,7 @@ def test_differing_slots_bytes_and_thousands_are_written_for_people() -> None:
         "cache    12-16/64 per layer, lru · cache-prior λ=0.05 J=2, 10.0% of selections swapped",
         "memory   weights 1.00 GB + slots 1.50 GB + KV 100 MB + transients 520 MB + read buffers 2.00 MB "
         "· budget 4.00 GB",
+        "plan     3.90 GB · measured 3.12 GB (0.80 of it)",
         "no direct I/O here",
     ]
 
@@ -660,7 +688,7 @@ def test_in_a_pipe_and_without_unicode_there_are_no_escapes_and_no_status() -> N
     assert done.stdout.endswith(b"\n") and done.stdout.isascii()
     assert b"cache-prior lambda=0.1 J=2" in done.stderr
     assert not {0x1B, 0x0D} & {*done.stdout, *done.stderr}
-    assert len(done.stderr.splitlines()) == 5
+    assert len(done.stderr.splitlines()) == 6
 
 
 def test_an_output_that_cannot_be_written_is_one_line() -> None:

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_moecache import slots
 from mlx_moecache.checkpoints.expert_layout import ComponentSpec
 from mlx_moecache.errors import UnsupportedModelError
 from mlx_moecache.slots import MAX_ELEMENTS, SlotPool
@@ -93,6 +94,32 @@ class TestResize:
             raw = np.array(pool.arrays[component.name].view(mx.uint8)).reshape(slots, -1)
             assert [set(row.tolist()) for row in raw] == [{v} for v in expected]
             assert [set(bytes(pool.view(c, s))) for s in range(slots)] == [{v} for v in expected]
+
+    @pytest.mark.parametrize("slots", [20, 60])
+    def test_no_more_than_one_component_exists_twice(self, slots: int) -> None:
+        parts = [
+            ComponentSpec(f"{name}.weight", "uint32", (1000, 10)) for name in ("gate_proj", "up_proj", "down_proj")
+        ]
+        pool = SlotPool(parts, 40)
+        switch = dict(pool.arrays)  # what computes with them holds them, too
+        output = switch["up_proj.weight"].sum()
+        pool.track(output)
+        component = 40_000
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        pool.resize(slots, {s: s for s in range(20)}, lambda: switch.update(pool.arrays))
+        grown = 3 * (slots - 40) * component
+        assert abs(mx.get_active_memory() - before - grown) < component
+        assert mx.get_peak_memory() - before <= max(0, grown) + max(slots, 40) * component + component
+
+    def test_what_cannot_be_made_is_refused_before_anything_moves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool = SlotPool([HALVES, FLOATS], 1)
+        before = dict(pool.arrays)
+        monkeypatch.setattr(slots, "MAX_ELEMENTS", 20)
+        with pytest.raises(UnsupportedModelError, match=r"4 slots of up_proj.weight .*fewer --slots"):
+            pool.resize(4, {0: 0})
+        assert pool.arrays == before and pool.slots == 1
 
     def test_pending_operations_keep_the_old_bytes(self) -> None:
         pool = SlotPool([FLOATS], 2)

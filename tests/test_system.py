@@ -25,10 +25,58 @@ FIELDS = [
     *("child_pkg_idle_wkups", "child_interrupt_wkups", "child_pageins", "child_elapsed_abstime"),
     *("diskio_bytesread", "diskio_byteswritten"),
 ]
+# what rusage_info_v4 has beside
+FIELDS_V4 = [
+    *("cpu_time_qos_default", "cpu_time_qos_maintenance", "cpu_time_qos_background", "cpu_time_qos_utility"),
+    *("cpu_time_qos_legacy", "cpu_time_qos_user_initiated", "cpu_time_qos_user_interactive", "billed_system_time"),
+    *("serviced_system_time", "logical_writes", "lifetime_max_phys_footprint", "instructions", "cycles"),
+    *("billed_energy", "serviced_energy", "interval_max_phys_footprint", "runnable_time"),
+]
 
 
 class RusageInfoV2(ctypes.Structure):
     _fields_ = (("ri_uuid", ctypes.c_uint8 * 16), *((f"ri_{name}", ctypes.c_uint64) for name in FIELDS))
+
+
+class RusageInfoV4(ctypes.Structure):
+    _fields_ = (
+        ("ri_uuid", ctypes.c_uint8 * 16),
+        *((f"ri_{name}", ctypes.c_uint64) for name in FIELDS + FIELDS_V4),
+    )
+
+
+class VmStatistics64(ctypes.Structure):
+    """struct vm_statistics64 of <mach/vm_statistics.h>."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("free_count", "active_count", "inactive_count", "wire_count")),
+        *((name, ctypes.c_uint64) for name in ("zero_fill_count", "reactivations", "pageins", "pageouts")),
+        *((name, ctypes.c_uint64) for name in ("faults", "cow_faults", "lookups", "hits", "purges")),
+        *((name, ctypes.c_uint32) for name in ("purgeable_count", "speculative_count")),
+        *((name, ctypes.c_uint64) for name in ("decompressions", "compressions", "swapins", "swapouts")),
+        *((name, ctypes.c_uint32) for name in ("compressor_page_count", "throttled_count")),
+        *((name, ctypes.c_uint32) for name in ("external_page_count", "internal_page_count")),
+        ("total_uncompressed_pages_in_compressor", ctypes.c_uint64),
+    )
+
+
+class FakeLibSystem:
+    """host_statistics64(host, flavor, info, count) with 100 free, 20 inactive and 3 purgeable pages, 7 of all else."""
+
+    def __init__(self, result: int = 0) -> None:
+        self.result = result
+
+    def mach_host_self(self) -> int:
+        return 12
+
+    def host_statistics64(self, host: Any, flavor: int, info: Any, count: Any) -> int:
+        assert host.value == 12 and flavor == 4  # HOST_VM_INFO64
+        assert count._obj.value == ctypes.sizeof(VmStatistics64) // 4  # HOST_VM_INFO64_COUNT
+        statistics = VmStatistics64.from_buffer(info._obj)
+        for name, *_ in VmStatistics64._fields_:
+            setattr(statistics, name, 7)
+        statistics.free_count, statistics.inactive_count, statistics.purgeable_count = 100, 20, 3
+        return self.result
 
 
 class FakeLibproc:
@@ -41,10 +89,13 @@ class FakeLibproc:
     def proc_pid_rusage(self, pid: int, flavor: int, buffer: Any) -> int:
         self.asked.append((pid, flavor))
         if self.result == 0:
-            info = RusageInfoV2.from_buffer(buffer._obj)  # the buffer must be large enough for the struct
-            for i, name in enumerate(FIELDS):
-                setattr(info, f"ri_{name}", 1000 + i)
+            # The buffer must be large enough for the struct.
+            info = (RusageInfoV2 if flavor == 2 else RusageInfoV4).from_buffer(buffer._obj)
+            for i, (name, _) in enumerate(info._fields_[1:]):
+                setattr(info, name, 1000 + i)
             info.ri_phys_footprint = 345 * MB
+            if flavor == 4:
+                info.ri_lifetime_max_phys_footprint = 456 * MB
         return self.result
 
 
@@ -112,6 +163,37 @@ class TestProcessFootprint:
         assert system.process_footprint() is None
 
 
+class TestPeakFootprint:
+    def test_macos_remembers_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        library = FakeLibproc()
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: library)
+        assert system.peak_footprint() == 456 * MB
+        assert library.asked == [(os.getpid(), 4)]  # RUSAGE_INFO_V4
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_linux_remembers_what_is_gone_until_it_is_reset(self) -> None:
+        before = system.process_footprint()
+        assert before is not None
+        ours = b"x" * (96 * MB)
+        del ours
+        peak = system.peak_footprint()
+        assert peak is not None and peak > before + 80 * MB
+        system.reset_peak_footprint()
+        later = system.peak_footprint()
+        assert later is not None and later < before + 40 * MB
+
+    def test_a_system_without_proc_is_unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(self: Path, *args: object) -> str:
+            raise OSError("no such file")
+
+        monkeypatch.setattr(sys, "platform", "freebsd")
+        monkeypatch.setattr(Path, "read_text", missing)
+        monkeypatch.setattr(Path, "write_text", missing)
+        assert system.peak_footprint() is None
+        system.reset_peak_footprint()
+
+
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -148,6 +230,39 @@ class TestPhysicalMemory:
         write(tmp_path / "proc/self/cgroup", "4:memory:/job\n")
         write(tmp_path / "sys/fs/cgroup/job/memory.max", f"{128 * MB}\n")
         assert system.physical_memory(tmp_path) == RAM
+
+
+class TestAvailableMemory:
+    @pytest.fixture(autouse=True)
+    def linux(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "platform", "linux")
+
+    def test_what_the_kernel_says(self, tmp_path: Path) -> None:
+        write(tmp_path / "proc/meminfo", "MemTotal: 4000 kB\nMemFree: 1000 kB\nMemAvailable: 3000 kB\n")
+        assert system.available_memory(tmp_path) == 3000 * 1024
+
+    @pytest.mark.parametrize("limit", ["memory.max", "memory.high"])
+    def test_a_control_group_leaves_less_and_pages_of_files_can_go(self, tmp_path: Path, limit: str) -> None:
+        write(tmp_path / "proc/meminfo", "MemTotal: 4000000 kB\nMemAvailable: 3000000 kB\n")
+        write(tmp_path / "proc/self/cgroup", "0::/a/b\n")
+        write(tmp_path / f"sys/fs/cgroup/a/{limit}", f"{500 * MB}\n")
+        write(tmp_path / "sys/fs/cgroup/a/memory.current", f"{400 * MB}\n")
+        assert system.available_memory(tmp_path) == 100 * MB
+        write(tmp_path / "sys/fs/cgroup/a/memory.stat", f"anon 1\ninactive_file {30 * MB}\nactive_file {20 * MB}\n")
+        assert system.available_memory(tmp_path) == 150 * MB
+
+    def test_a_system_that_does_not_say(self, tmp_path: Path) -> None:
+        assert system.available_memory(tmp_path) is None
+
+    def test_macos_counts_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: FakeLibSystem())
+        assert system.available_memory() == 123 * os.sysconf("SC_PAGE_SIZE")
+
+    def test_macos_that_refuses_is_unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: FakeLibSystem(result=5))
+        assert system.available_memory() is None
 
 
 class TestDevice:
@@ -205,6 +320,18 @@ class TestHeadroom:
             assert memory_limit() == mx.get_active_memory() + 5 * MB
             raise ValueError("boom")
         assert memory_limit() == before
+
+    @pytest.mark.skipif(not system.on_cpu(), reason="other devices give buffers back above their limit")
+    def test_freed_buffers_are_not_kept_meanwhile(self) -> None:
+        def work() -> int:
+            mx.clear_cache()
+            mx.eval(mx.zeros((MB,)) + 1)
+            return mx.get_cache_memory()
+
+        kept = work()
+        with system.headroom(50 * MB):
+            assert work() == 0
+        assert work() == kept > MB
 
     def test_no_room_given_is_no_limit(self) -> None:
         before = memory_limit()

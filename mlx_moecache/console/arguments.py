@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from pathlib import Path
+import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ..budget import parse_memory
 from ..errors import UsageError
 from ..eviction import EVICTION, make_policy
 
@@ -99,6 +101,31 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
     return convert
 
 
+def flash_speed(text: str) -> int:
+    """A converter: "2GB/s" -> bytes per second."""
+    match = re.fullmatch(r"\s*([0-9.]+\s*[kmgt]?i?b)/s\s*", text.lower())
+    try:
+        if match is None:
+            raise UsageError("no speed")
+        return parse_memory(match[1], physical=0, recommended=None)
+    except UsageError:
+        raise argparse.ArgumentTypeError(f"needs a speed such as 2GB/s or 500MB/s, not {text!r}") from None
+
+
+def duration(text: str) -> float:
+    """A converter: "100us" -> seconds."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(us|µs|ms|s)\s*", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"needs a time such as 100us or 0.2ms, not {text!r}")
+    return float(match[1]) * {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
+
+
+def slot_counts(text: str) -> int | tuple[int, ...]:
+    """A converter: "30" for all layers, or "30,28,35" for each MoE layer."""
+    counts = tuple(whole(1)(part.strip()) for part in text.split(","))
+    return counts if len(counts) > 1 else counts[0]
+
+
 def eviction_spec(text: str) -> str:
     """A converter to the spec of an eviction policy, such as lfu or decay:0.98."""
     try:
@@ -158,14 +185,21 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory",
         metavar="SIZE",
-        help="budget for all that the model needs: 4GB, 512MB, 60%% (of RAM) or auto (default: auto, which is 0.7 of "
-        "RAM or the GPU's recommended working set, whichever is less)",
+        help="budget for all that the model needs: 4GB, 512MB, 60%% (of RAM) or auto (default: auto, which leaves an "
+        "eighth of RAM free, and is at most 0.7 of RAM and the GPU's recommended working set)",
     )
     group.add_argument(
         "--slots",
-        type=whole(1),
+        type=slot_counts,
         metavar="N",
-        help="experts per layer to keep in memory, instead of --memory (default: what the budget allows)",
+        help="experts per layer to keep in memory, instead of --memory: one number, or one for each MoE layer as in "
+        "30,28,35 (default: what the budget allows)",
+    )
+    group.add_argument(
+        "--elastic",
+        action="store_true",
+        help="begin with more slots than the longest reply leaves, give them back as the KV cache grows, and fewer "
+        "while the system is short of memory (default: the same slots all the time)",
     )
     group.add_argument(
         "--eviction",
@@ -315,6 +349,8 @@ def check_contradictions(args: argparse.Namespace) -> None:
     """Refuse shared flags that exclude each other. Raises UsageError."""
     if args.memory is not None and args.slots is not None:
         raise UsageError("--memory and --slots: give one of them; slots say how much memory the experts take")
+    if args.slots is not None and args.elastic:
+        raise UsageError("--slots and --elastic: slots that move need a budget to stay within; give --memory instead")
     if args.exact and args.routing not in (None, "original"):
         raise UsageError(f"--exact means --routing original, but --routing is {args.routing}; leave one of them out")
     if args.exact and (args.strength or args.top_j is not None):

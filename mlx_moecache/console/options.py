@@ -14,6 +14,7 @@ from ..footprint import KVOptions, kv_cache_bytes
 from ..generation import Sampler
 from ..loading import CacheOptions, budget_here
 from ..routing import parse_routing
+from .emulation import emulation_of
 
 
 def check_before_download(args: argparse.Namespace) -> None:
@@ -28,8 +29,15 @@ def check_before_download(args: argparse.Namespace) -> None:
 def cache_options(args: argparse.Namespace) -> CacheOptions:
     exact = args.exact or args.dry_run_strength is not None
     routing = "original" if exact else args.routing or CacheOptions.routing
+    emulation = emulation_of(args)
     return CacheOptions(
-        routing=routing, strength=args.strength, top_j=args.top_j, eviction=args.eviction, direct_io=args.direct_io
+        routing=routing,
+        strength=args.strength,
+        top_j=args.top_j,
+        eviction=args.eviction,
+        # A page cache as large as this machine's would hide the emulated flash.
+        direct_io=args.direct_io or (emulation is not None and emulation.device is not None),
+        flash=None if emulation is None else emulation.flash,
     )
 
 

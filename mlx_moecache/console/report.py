@@ -33,6 +33,12 @@ class MemoryUse:
     kv: int
     host_buffers: int
     not_charged: int | None  # interpreter and libraries, there before loading; None where the system does not say
+    footprint: int | None = None  # the most that the system charged the process with, `not_charged` included
+
+    @property
+    def measured(self) -> int:
+        """What the budget is about, at its peak."""
+        return self.peak + self.host_buffers
 
     @property
     def transients(self) -> int:
@@ -53,6 +59,7 @@ class CacheUse:
     prunes: bool  # it runs fewer experts than the model, which is never exact
     io_mode: str
     io_note: str | None
+    resizes: dict[str, int] | None = None  # how often slots moved, by reason; None: they are not elastic
 
     @property
     def is_exact(self) -> bool:
@@ -69,7 +76,9 @@ def statistics(reply: Reply, memory: MemoryUse, cache: CacheUse, plan: MemoryPla
     return [
         _tokens_line(reply, memory, seed),
         *_expert_lines(reply, cache),
+        *_resize_lines(cache),
         _memory_line(memory, plan),
+        _plan_line(memory, plan),
         *([f"not charged: interpreter and libraries {format_bytes(memory.not_charged)}"] if memory.not_charged else []),
         *([cache.io_note] if cache.io_note else []),
     ]
@@ -87,9 +96,12 @@ def as_json(reply: Reply, memory: MemoryUse, cache: CacheUse, plan: MemoryPlan) 
             "transients": memory.transients,
             "host_buffers": memory.host_buffers,
         },
+        "measured_bytes": memory.measured,
+        "footprint_bytes": memory.footprint,
         "not_charged_bytes": memory.not_charged,
         "budget": plan.budget,
         "plan": {**plan.parts(), "total": plan.total, "prefill_step_size": plan.prefill_step_size},
+        "resizes": cache.resizes,
         "slots_per_layer": list(cache.slots_per_layer),
         "experts_per_layer": list(cache.experts_per_layer),
         "eviction": cache.eviction,
@@ -172,6 +184,29 @@ def _memory_line(memory: MemoryUse, plan: MemoryPlan) -> str:
         parts.append(f"read buffers {format_bytes(memory.host_buffers)}")
     budget = "" if plan.budget is None else f" · budget {format_bytes(plan.budget)}"
     return "memory   " + " + ".join(parts) + budget
+
+
+def _plan_line(memory: MemoryUse, plan: MemoryPlan) -> str:
+    """The plan beside what was measured: MLX's peak and our read buffers, and what the system saw."""
+    share = f" ({memory.measured / plan.total:.2f} of it)" if plan.total else ""
+    line = f"plan     {format_bytes(plan.total)} · measured {format_bytes(memory.measured)}{share}"
+    if memory.footprint is None:
+        return line
+    return f"{line} · process {format_bytes(memory.footprint)}"
+
+
+def _resize_lines(cache: CacheUse) -> list[str]:
+    if not cache.resizes:
+        return []
+    reasons = {
+        "context": "for the KV cache",
+        "room": "because there was room",
+        "pressure": "under memory pressure",
+        "calm": "after it",
+    }
+    parts = [f"{n} {reasons[reason]}" for reason, n in cache.resizes.items()]
+    total = sum(cache.resizes.values())
+    return [f"resized  {total} time{'' if total == 1 else 's'}: {', '.join(parts)}"]
 
 
 def _phase_json(stats: PhaseStats) -> dict[str, Any]:

@@ -15,6 +15,8 @@ def memory_use(model: nn.Module, kv_cache: Sequence[Any], *, not_charged: int | 
     """MLX's peak since it was last reset, and who holds what. not_charged: bytes of interpreter and libraries."""
     import mlx.core as mx
 
+    from .. import system
+
     cache = model.expert_cache
     return MemoryUse(
         peak=mx.get_peak_memory(),
@@ -23,6 +25,7 @@ def memory_use(model: nn.Module, kv_cache: Sequence[Any], *, not_charged: int | 
         kv=sum(int(c.nbytes) for c in kv_cache),
         host_buffers=cache.reader.host_buffer_bytes,
         not_charged=not_charged,
+        footprint=system.peak_footprint(),
     )
 
 
@@ -39,4 +42,5 @@ def cache_use(model: nn.Module) -> CacheUse:
         prunes=any(cache.strategy.kept(x.k) < x.k for x in cache.layers),
         io_mode=cache.reader.io_mode,
         io_note=cache.reader.io_note,
+        resizes=model.elastic_slots.counts() if model.elastic_slots is not None else None,
     )

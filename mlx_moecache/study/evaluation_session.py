@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..budget import format_bytes
+from ..checkpoints.reader import BOUNCE_BYTES, BOUNCES_PER_THREAD, EmulatedFlash
 from ..errors import BudgetError, UsageError
 from ..eviction import make_policy
 from ..loading import CacheOptions, MemoryOptions, OpenedModel, budget_here
@@ -56,6 +57,8 @@ class ModelOptions:
     direct_io: bool = False
     trust_remote_code: bool = False
     trace: Path | None = None  # where the original routing of texts and choices is recorded
+    flash: EmulatedFlash | None = None
+    fit_slots: bool = False  # where no number is given, as many slots as fit into `memory`, not half of the experts
 
 
 class Session:
@@ -102,14 +105,15 @@ class Session:
         )
         self._strategies: dict[str, Strategy] = {}
         self._model: nn.Module | None = None
+        self.loaded: nn.Module | None = None  # the last one
 
     def plan(self, routing: str, *, slots: int | None = None, eviction: str = "lru") -> Run:
         """The run of this strategy and cache: that in `results`, if it is there, else a new one.
 
-        slots: per layer, None: half of the experts. Raises UsageError for unknown routing or eviction and for slots
-        that cannot work.
+        slots: per layer, None: half of the experts, or as many as fit (`fit_slots`). Raises UsageError for unknown
+        routing or eviction and for slots that cannot work.
         """
-        slots = max(self.k, self.experts // 2) if slots is None else slots
+        slots = self._default_slots() if slots is None else slots
         if not self.k <= slots <= self.experts:
             raise UsageError(
                 f"slots must be between the {self.k} experts that a token uses and the {self.experts} that a layer "
@@ -149,6 +153,27 @@ class Session:
             )
 
     # ---- inside ----
+
+    def _default_slots(self) -> int:
+        if not self.options.fit_slots or self._opened is None:
+            return max(self.k, self.experts // 2)
+        buffers = BOUNCES_PER_THREAD * CacheOptions.threads * BOUNCE_BYTES if self.options.direct_io else 0
+        plan = self._opened.plan(
+            MemoryOptions(memory=self.options.memory, max_context=self._context()), host_buffers=buffers
+        )
+        return max(self.k, min(plan.slots_per_layer))
+
+    def _context(self) -> int:
+        """Tokens of the longest sequence that is read or written."""
+        if self._readings:
+            return max(len(tokens) for r in self._readings for tokens in r.inputs)
+        task = self.material.reply_task
+        if task is None:
+            from .harness import MAX_LENGTH
+
+            return MAX_LENGTH
+        longest = max(len(self.tokenizer.encode(d.prompt)) for d in self.material.replies)
+        return longest + (self.material.max_tokens or task.max_tokens)
 
     def _read(self, material: Material) -> tuple[int, list[Reading]]:
         """Units that the data hold, and what is read in those that are asked for."""
@@ -207,7 +232,7 @@ class Session:
         """The model for simulated caches, with as many experts in memory as the budget allows; loaded once."""
         if self._model is not None:
             return self._model
-        longest = max(len(tokens) for r in self._readings for tokens in r.inputs)
+        longest = self._context()
         opened = self._open()
         config = opened.config.get("text_config") or opened.config
         # Two sets [L, V] float32: those of original routing wait for the strategy's.
@@ -220,7 +245,7 @@ class Session:
         )
         try:
             # Strategies are the scorers' affair; but a router that none of them reaches is refused here.
-            self._model = opened.load(options, CacheOptions(routing=CachePrior.name, direct_io=self.options.direct_io))
+            self._model = self._load(opened, options, CachePrior.name)
         except BudgetError as error:
             raise BudgetError(
                 f"of {format_bytes(budget)}, the logits of {longest:,} tokens take {format_bytes(logits)}, and {error}"
@@ -233,12 +258,8 @@ class Session:
         max_tokens = self.material.max_tokens or task.max_tokens
         documents = self.material.replies[: run.n]
         longest = max(len(self.tokenizer.encode(d.prompt)) for d in documents)
-        model = self._open().load(
-            MemoryOptions(slots=run.slots, max_context=longest + max_tokens, max_prompt=longest),
-            CacheOptions(
-                routing=self._strategies[run.routing], eviction=run.eviction, direct_io=self.options.direct_io
-            ),
-        )
+        memory = MemoryOptions(slots=run.slots, max_context=longest + max_tokens, max_prompt=longest)
+        model = self._load(self._open(), memory, self._strategies[run.routing], run.eviction)
         try:
             measured = run.measured
             for d in documents:
@@ -255,10 +276,8 @@ class Session:
         from .window import WindowScorer
 
         request, strategy = self.material.request, self._strategies[run.routing]
-        model = self._open().load(
-            MemoryOptions(slots=run.slots, max_context=MAX_LENGTH),
-            CacheOptions(routing=strategy, eviction=run.eviction, direct_io=self.options.direct_io),
-        )
+        memory = MemoryOptions(slots=run.slots, max_context=MAX_LENGTH)
+        model = self._load(self._open(), memory, strategy, run.eviction)
         try:
             scorer = WindowScorer(
                 model,
@@ -278,6 +297,14 @@ class Session:
                 on_unit(run, unit)
         finally:
             model.expert_cache.close()
+
+    def _load(
+        self, opened: OpenedModel, memory: MemoryOptions, routing: str | Strategy, eviction: str = "lru"
+    ) -> nn.Module:
+        options = self.options
+        cache = CacheOptions(routing, eviction=eviction, direct_io=options.direct_io, flash=options.flash)
+        self.loaded = opened.load(memory, cache)
+        return self.loaded
 
     def _open(self) -> OpenedModel:
         """A model that was not loaded yet; each can be loaded once."""

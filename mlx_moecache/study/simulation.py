@@ -78,7 +78,7 @@ class Result:
 
 def settings(trace: Trace, routings: Sequence[str], evictions: Sequence[str], slots: Sequence[int]) -> list[Setting]:
     """All combinations that make sense: a bound only with original routing. Raises UsageError for unknown names."""
-    least, most = _check_slots(trace, slots)
+    least, most = check_slots(trace, slots)
     for eviction in evictions:
         if eviction not in BOUNDS and eviction.partition(":")[0] not in EVICTION:
             raise UsageError(f"unknown eviction policy {eviction!r} (choose {', '.join((*EVICTION, *BOUNDS))})")
@@ -96,15 +96,15 @@ def settings(trace: Trace, routings: Sequence[str], evictions: Sequence[str], sl
 
 def shared_settings(trace: Trace, evictions: Sequence[str], slots: Sequence[int]) -> list[Setting]:
     """All combinations for a pool that the layers share. Raises UsageError."""
-    _check_slots(trace, slots)
+    check_slots(trace, slots)
     for eviction in evictions:
         if eviction not in SHARED_POLICIES:
             raise UsageError(f"a shared pool has no policy {eviction!r} (choose {', '.join(SHARED_POLICIES)})")
     return [Setting(Original(), e, n) for n in slots for e in evictions]
 
 
-def _check_slots(trace: Trace, slots: Sequence[int]) -> tuple[int, int]:
-    """The largest k and the largest number of experts of the layers."""
+def check_slots(trace: Trace, slots: Sequence[int]) -> tuple[int, int]:
+    """The largest k and the largest number of experts of the layers. Raises UsageError for slots beyond them."""
     least, most = max(x.shape.k for x in trace.layers), max(x.shape.experts for x in trace.layers)
     for n in slots:
         if not least <= n <= most:

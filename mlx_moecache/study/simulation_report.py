@@ -20,7 +20,7 @@ def table(trace: Trace, results: Sequence[Result], device: Device, *, shared: bo
     """Lines for people: what the trace is, then one block per routing."""
     decode = _tokens(trace, decode=True) > 0
     columns = len(HEADINGS) if device.flash is not None else len(HEADINGS) - 2
-    lines = _describe(trace, decode)
+    lines = describe(trace, decode)
     if shared:
         lines.append("one pool for all layers, of slots x layers experts; this engine has a cache per layer")
     lines.append("")
@@ -48,7 +48,7 @@ def table(trace: Trace, results: Sequence[Result], device: Device, *, shared: bo
 def as_json(trace: Trace, results: Sequence[Result], device: Device) -> dict[str, Any]:
     """The same figures and those of prefill, unrounded."""
     return {
-        "format": "mlx_moecache.study.simulation",
+        "format": "mlx_moecache.simulation",
         "trace": {
             **asdict(trace.header),
             "tokens": {"prefill": _tokens(trace, decode=False), "decode": _tokens(trace, decode=True)},
@@ -76,7 +76,8 @@ def as_json(trace: Trace, results: Sequence[Result], device: Device) -> dict[str
     }
 
 
-def _describe(trace: Trace, decode: bool) -> list[str]:
+def describe(trace: Trace, decode: bool) -> list[str]:
+    """What the trace is, in two lines."""
     h, layers = trace.header, trace.layers
     experts = _range([x.shape.experts for x in layers])
     k = _range([x.shape.k for x in layers])
