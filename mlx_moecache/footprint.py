@@ -123,7 +123,7 @@ def estimate(
         config,
         blocks,
         context=context,
-        # Each part of a quantised cache grows on its own, and while it does the layer's others are read.
+        # Measured: while a quantised cache grows, MLX holds the layer's old buffers twice.
         kv_copy=layer * (size - KV_STEP) // size * (2 if kv.bits is not None else 1),
         kv_growth_per_token=-(-max(0, most - least) // max(1, longest - shortest)),
         quantized_kv=kv.bits is not None,
