@@ -72,9 +72,15 @@ class Account:
 class Enforcer:
     """The limit of an emulated device, for one model that was loaded under it."""
 
-    def __init__(self, title: str, limit: int, not_charged: int | None, model: nn.Module) -> None:
-        """`title`: of the device. not_charged: bytes of interpreter and libraries, measured before loading."""
+    def __init__(
+        self, title: str, limit: int, not_charged: int | None, model: nn.Module, *, held_before: int = 0
+    ) -> None:
+        """`title`: of the device. not_charged: bytes of interpreter, libraries and all else, measured before loading.
+
+        held_before: those of them that MLX held.
+        """
         self._title, self._limit, self._baseline, self._model = title, limit, not_charged or 0, model
+        self._held_before = held_before
 
     def check(self, kv_cache: Sequence[Any] = ()) -> None:
         """Raise OverLimitError if the process, or MLX and what else we hold, ever had more than the limit."""
@@ -96,7 +102,7 @@ class Enforcer:
         return account_of(
             self._limit,
             planned=plan.parts(),
-            mlx_peak=mx.get_peak_memory(),
+            mlx_peak=mx.get_peak_memory() - self._held_before,
             resident=plan.resident,
             slots=cache.nbytes,
             kv=sum(int(c.nbytes) for c in kv_cache),

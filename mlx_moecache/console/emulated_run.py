@@ -26,6 +26,7 @@ class EmulatedRun:
 
         self.emulation = emulation
         self.not_charged = system.process_footprint()
+        self._held_before = mx.get_active_memory()
         system.reset_peak_footprint()
         mx.reset_peak_memory()
         self._limit_freed_buffers()
@@ -47,7 +48,10 @@ class EmulatedRun:
 
         self._limit_freed_buffers()
         device = self.emulation.device
-        Enforcer(device.title, device.app_limit_bytes, self.not_charged, model).check(kv_cache)
+        enforcer = Enforcer(
+            device.title, device.app_limit_bytes, self.not_charged, model, held_before=self._held_before
+        )
+        enforcer.check(kv_cache)
 
     def _limit_freed_buffers(self) -> None:
         """Buffers that MLX keeps for later count in the footprint: let it keep no more than a quarter of the reserve.
