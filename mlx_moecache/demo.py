@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import HubError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO = "demo"  # what users type for it
 DEMO_NAME = "demo_model"  # what results call it, so that they do not name a place on one machine
 
 
@@ -18,3 +19,10 @@ def demo_model() -> Path:
             "with --model"
         )
     return DEMO_MODEL
+
+
+def named_model(given: str) -> tuple[str, str]:
+    """What to resolve for the model that a user named, and what to call it; a folder of the word's name wins."""
+    if given == DEMO and not Path(DEMO).exists():
+        return str(demo_model()), DEMO_NAME
+    return given, given

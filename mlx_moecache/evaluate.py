@@ -17,7 +17,7 @@ from .console.command import INTERRUPTED, run
 from .console.emulated_run import EmulatedRun
 from .console.emulation import add_device_arguments, check_device, emulation_of
 from .console.terminal import StatusLine, is_terminal, write_notes
-from .demo import DEMO_NAME, demo_model
+from .demo import named_model
 from .errors import MoeCacheError, UsageError
 from .eviction import EVICTION
 from .study.evaluation_data import HARNESS, TASKS, Request, read_material
@@ -30,7 +30,6 @@ from .study.text_windows import WINDOW
 if TYPE_CHECKING:
     from .study.evaluation_session import Session
 
-DEMO = "demo"
 DEFAULT_ROUTING = ("original", "cache-prior")
 
 EXAMPLES = """examples:
@@ -84,17 +83,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data, settings and output: all but the strategies and their caches. Shared with sweep."""
     parser.set_defaults(device=None, flash=None, flash_latency=None)  # a sweep emulates no device
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEMO,
-        metavar="MODEL",
-        help="model folder, Hugging Face repo id, or demo, the bundled model (default: %(default)s)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repo (default: its main branch)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model folder brings along (default: refuse)"
-    )
+    arguments.add_model_position(parser)
     parser.add_argument("--memory", metavar="SIZE", help="budget, as for generate; more is faster (default: auto)")
     parser.add_argument(
         "--direct-io", action="store_true", help="read experts past the system's page cache (default: through it)"
@@ -224,11 +213,10 @@ def open_session(args: argparse.Namespace) -> Session:
 
         if args.memory is not None:
             budget_here(args.memory)  # before anything is fetched
-        bundled = args.model == DEMO and not Path(DEMO).exists()
-        name = DEMO_NAME if bundled else args.model
+        source, name = named_model(args.model)
         status.clear()  # a download draws its own bars
         folder = resolve_model(
-            str(demo_model()) if bundled else args.model,
+            source,
             revision=args.revision,
             progress=is_terminal(sys.stderr) and not args.json,
         )

@@ -7,17 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 
 from . import __version__
 from .console import arguments
 from .console.command import run
 from .console.model_headers import model_headers
 from .console.terminal import StatusLine
-from .demo import DEMO_NAME, demo_model
+from .demo import named_model
 
 HIT_RATES = (50.0, 80.0, 90.0, 95.0)  # percent
-DEMO = "demo"
 
 EXAMPLES = """examples:
   mlx_moecache info demo
@@ -39,17 +37,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEMO,
-        metavar="MODEL",
-        help="model folder, Hugging Face repo id, or demo, the bundled model (default: %(default)s)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repo (default: its main branch)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model folder brings along (default: refuse)"
-    )
+    arguments.add_model_position(parser)
     parser.add_argument(
         "--memory",
         action="append",
@@ -100,9 +88,7 @@ def _info(argv: list[str]) -> int:
         from .console.model_summary import summarise
         from .loading import OpenedModel
 
-        bundled = args.model == DEMO and not Path(DEMO).exists()
-        name = DEMO_NAME if bundled else args.model
-        source = str(demo_model()) if bundled else args.model
+        source, name = named_model(args.model)
         with model_headers(source, args, status) as folder:
             status.show(f"reading the headers of {name} ...")
             opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)

@@ -21,14 +21,13 @@ from .console.command import run
 from .console.emulation import Emulation, add_flash_arguments, check_device, emulation_of
 from .console.model_headers import model_headers
 from .console.terminal import StatusLine
-from .demo import DEMO_NAME, demo_model
+from .demo import named_model
 from .errors import BudgetError, MoeCacheError, UsageError
 
 if TYPE_CHECKING:
     from .console.plan_report import Expectation, Machine, Plan
     from .loading import OpenedModel
 
-DEMO = "demo"
 RUNS, DOES_NOT_RUN = 0, 1
 ROUTINGS = ("original", "cache-prior")
 
@@ -53,17 +52,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEMO,
-        metavar="MODEL",
-        help="model folder, Hugging Face repo id, or demo, the bundled model (default: %(default)s)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repo (default: its main branch)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model folder brings along (default: refuse)"
-    )
+    arguments.add_model_position(parser)
     group = parser.add_argument_group("memory (default: --memory auto on this machine)")
     group.add_argument(
         "--device",
@@ -124,9 +113,8 @@ def _plan(argv: list[str]) -> int:
         # Model code that users trust may print; stdout is for the plan alone.
         from .loading import OpenedModel
 
-        bundled = args.model == DEMO and not Path(DEMO).exists()
-        name = DEMO_NAME if bundled else args.model
-        with model_headers(str(demo_model()) if bundled else args.model, args, status) as folder:
+        source, name = named_model(args.model)
+        with model_headers(source, args, status) as folder:
             status.show(f"reading the headers of {name} ...")
             opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
             plan = _plan_of(opened, name, args, emulation, status)

@@ -14,7 +14,7 @@ from .checkpoints.expert_major import Manifest, read_manifest
 from .console import arguments
 from .console.command import INTERRUPTED, run
 from .console.terminal import StatusLine, is_terminal
-from .demo import DEMO_NAME, demo_model
+from .demo import named_model
 from .errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read a finished copy again and compare it with its hashes; MODEL may be left out (default: off)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hugging Face repo (default: its main branch)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model folder brings along (default: refuse)"
-    )
+    arguments.add_source_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
     return parser
 
@@ -106,13 +103,13 @@ def _plan(args: argparse.Namespace) -> RepackPlan:
         from .checkpoints.repack_plan import ExpertLayer, plan_repack
         from .loading import OpenedModel
 
-        is_demo = args.model == "demo" and not Path("demo").is_dir()
+        source, name = named_model(args.model)
         status.clear()  # a download draws its own bars
-        folder = resolve_model(str(demo_model()) if is_demo else args.model, revision=args.revision)
+        folder = resolve_model(source, revision=args.revision)
         status.show(f"reading the headers of {args.model} ...")
         opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
-        is_folder = Path(args.model).expanduser().is_dir()
-        name = DEMO_NAME if is_demo else folder.resolve().name if is_folder else args.model
+        if Path(name).expanduser().is_dir():
+            name = folder.resolve().name
         layers = [ExpertLayer(b.path, b.components, x) for b, x in zip(opened.blocks, opened.extents, strict=True)]
         return plan_repack(opened.index, layers, name)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..budget import parse_memory
+from ..demo import DEMO
 from ..errors import UsageError
 from ..eviction import EVICTION, make_policy
 
@@ -168,13 +169,29 @@ class Refuse(argparse.Action):
 # ---- groups ----
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help="model folder or Hugging Face repo id (default: the bundled demo model)")
+def add_source_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("--revision", help="branch, tag or commit of the Hugging Face repo (default: its main branch)")
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the model folder brings along (default: refuse)"
     )
+
+
+def add_model_position(parser: argparse.ArgumentParser) -> None:
+    """MODEL as the first argument, for commands that are about a model."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=DEMO,
+        metavar="MODEL",
+        help="model folder, Hugging Face repo id, or demo, the bundled model (default: %(default)s)",
+    )
+    add_source_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="model folder or Hugging Face repo id (default: the bundled demo model)")
+    add_source_arguments(group)
     group.add_argument(
         "--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="more tokens that end a reply (default: none)"
     )
