@@ -42,8 +42,20 @@ def write_format(folder: Path, config: Config, name: str) -> Path:
         predicate: Predicate | None = None
         if not bits.isdigit():
             predicate, mode, bits = _MIXED[name], "affine", "4"
-        model, config = quantize_model(model, config, MODES[mode], int(bits), mode, quant_predicate=predicate)
+        fits = _where_it_fits(predicate or getattr(model, "quant_predicate", None), MODES[mode])
+        model, config = quantize_model(model, config, MODES[mode], int(bits), mode, quant_predicate=fits)
     return write_weights(folder, config, dict(tree_flatten(model.parameters())))
+
+
+def _where_it_fits(predicate: Predicate | None, group: int) -> Predicate:
+    """`predicate` (None: all), but modules whose rows are no multiple of a group stay as they are."""
+
+    def fits(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if module.weight.shape[-1] % group:
+            return False
+        return True if predicate is None else predicate(path, module)
+
+    return fits
 
 
 def _by_layer(path: str, module: nn.Module) -> bool | dict[str, Any]:

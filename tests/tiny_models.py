@@ -62,7 +62,9 @@ def build_model(config: Config, seed: int = 0) -> nn.Module:
             scale *= ROUTER_SCALE if ROUTER_WEIGHT.search(path) else 1.0
             values *= scale
         else:
-            values = values * 0.1 + (1.0 if path.endswith("norm.weight") else 0.0)
+            # Larger correction biases would select the same experts for nearly every token.
+            values = values * (0.01 if path.endswith("correction_bias") else 0.1)
+            values += 1.0 if path.endswith("norm.weight") else 0.0
         weights.append((path, mx.array(values.astype(np.float32))))
     model.update(tree_unflatten(weights))
     model.eval()
