@@ -159,9 +159,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_trace_argument(group)
     group.add_argument("--json", action="store_true", help="print the results as JSON, not as a table (default: off)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
-    parser.add_argument(
-        "--model", dest="flag", action=arguments.Refuse, reason="the model has no flag here: it comes first, as MODEL"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

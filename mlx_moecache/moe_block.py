@@ -296,9 +296,8 @@ def _find_router(switch: nn.Module, parents: Sequence[nn.Module]) -> tuple[nn.Mo
 
 
 def _takes_only_x(module: nn.Module) -> bool:
-    return (
-        len(inspect.signature(type(module).__call__).parameters) == 2
-    )  # self and x; a layer also takes mask and cache
+    """False for a whole layer, which also takes mask and cache."""
+    return len(inspect.signature(type(module).__call__).parameters) == 2  # self and x
 
 
 def _outputs(result: Any) -> list[mx.array]:

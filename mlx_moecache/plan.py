@@ -86,9 +86,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of text (default: off)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error (default: off)")
-    parser.add_argument(
-        "--model", dest="flag", action=arguments.Refuse, reason="the model has no flag here: mlx_moecache plan MODEL"
-    )
     return parser
 
 

@@ -106,9 +106,10 @@ class SelectionSeam:
         dropped = c == -mx.inf
         if is_logit or self._corrected or self._sigmoid:  # a plain logit may well be 0
             dropped = dropped | (c == 0)
+        z = mx.where(dropped, -mx.inf, z)  # such experts must not take one of the J protected places
         part = slice(0, k) if kth >= 0 else slice(-k, None)
         in_logits = is_logit or not (self._corrected or self._sigmoid)
-        ranked = self._observe(z, dropped, k, in_logits, own[..., part])
+        ranked = self._observe(z, k, in_logits, own[..., part])
         kept = self.strategy.kept(k)
         if ranked is None:
             chosen = own
@@ -137,7 +138,7 @@ class SelectionSeam:
         the gates, which are logits.
         """
         own, weights = upstream(gates, top_k=top_k, jitter_eps=jitter_eps)
-        ranked = self._observe(gates.astype(mx.float32), None, top_k, True, own)
+        ranked = self._observe(gates.astype(mx.float32), top_k, True, own)
         kept = self.strategy.kept(top_k)
         if ranked is None:
             return own, weights
@@ -157,26 +158,22 @@ class SelectionSeam:
 
     # ---- shared by both ----
 
-    def _observe(
-        self, z: mx.array, dropped: mx.array | None, k: int, in_logits: bool, own: mx.array
-    ) -> mx.array | None:
-        """Record z; return the biased ranking, or None where this call must not be biased."""
+    def _observe(self, z: mx.array, k: int, in_logits: bool, own: mx.array) -> mx.array | None:
+        """Record z, -inf where the model ruled an expert out; return the biased ranking, or None for an exact call."""
         self.selections += 1
         E = self.ranked = z.shape[-1]
-        if dropped is not None:  # such experts must not take one of the J protected places
-            z = mx.where(dropped, -mx.inf, z)
         flat = z.reshape(-1, E)
         if self.window is not None:
             self._observation = Observation(flat, None, None, in_logits=in_logits)
             p = probabilities(z, logits=in_logits)
-            biased = self.window(z.reshape(-1, E), p.reshape(-1, E), own.reshape(-1, k))
+            biased = self.window(flat, p.reshape(-1, E), own.reshape(-1, k))
             if biased is None:
                 return None
             resident, means = biased
             return self.strategy.rank(z, p, resident.reshape(z.shape), means.reshape(*z.shape[:-1], 1), k)
         mean_range = None
         if self.strategy.uses_residents:
-            mean_range = self.range.observe(flat, None if dropped is None else dropped.reshape(-1, E))
+            mean_range = self.range.observe(flat)
         self._observation = Observation(flat, mean_range, None, in_logits=in_logits)
         if self.watched:
             self._observation.own = own.reshape(-1, k)

@@ -334,11 +334,9 @@ class RunningRange:
         self.total = mx.array(0.0)
         self.tokens = 0
 
-    def observe(self, z: mx.array, dropped: mx.array | None = None) -> mx.array:
-        """Add the tokens of z [T, E] and return D (a lazy scalar). `dropped` marks experts that were ruled out."""
-        high = low = z
-        if dropped is not None:
-            high, low = mx.where(dropped, -mx.inf, z), mx.where(dropped, mx.inf, z)
-        self.total = self.total + (high.max(axis=-1) - low.min(axis=-1)).sum()
+    def observe(self, z: mx.array) -> mx.array:
+        """Add the tokens of z [T, E] and return D (a lazy scalar). Experts at -inf were ruled out and do not count."""
+        low = mx.where(z == -mx.inf, mx.inf, z)
+        self.total = self.total + (z.max(axis=-1) - low.min(axis=-1)).sum()
         self.tokens += z.shape[0]
         return self.total / self.tokens

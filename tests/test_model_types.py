@@ -224,9 +224,9 @@ class TestBiasedRouting:
         domains = []
         observe = SelectionSeam._observe
 
-        def spy(seam: SelectionSeam, z: mx.array, dropped: Any, k: int, in_logits: bool, own: mx.array) -> Any:
+        def spy(seam: SelectionSeam, z: mx.array, k: int, in_logits: bool, own: mx.array) -> Any:
             domains.append(in_logits)
-            return observe(seam, z, dropped, k, in_logits, own)
+            return observe(seam, z, k, in_logits, own)
 
         model = load(shelf.saved(model_type, **changes), CachePrior(strength=0.1, top_j=0))
         monkeypatch.setattr(SelectionSeam, "_observe", spy)

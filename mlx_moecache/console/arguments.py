@@ -177,7 +177,7 @@ def add_source_arguments(group: argparse._ActionsContainer) -> None:
 
 
 def add_model_position(parser: argparse.ArgumentParser) -> None:
-    """MODEL as the first argument, for commands that are about a model."""
+    """MODEL as the first argument, for commands that are about a model; --model is refused and says so."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -185,6 +185,8 @@ def add_model_position(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="model folder, Hugging Face repo id, or demo, the bundled model (default: %(default)s)",
     )
+    reason = f"the model has no flag here: {parser.prog} MODEL, it comes first"
+    parser.add_argument("--model", dest="flag", action=Refuse, reason=reason)
     add_source_arguments(parser)
 
 

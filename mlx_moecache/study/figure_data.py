@@ -23,7 +23,6 @@ class Metric:
     name: str  # what the user writes
     field: str  # in a run's metrics
     title: str  # of the axis
-    best_is_high: bool = False
 
 
 METRICS = {
@@ -31,8 +30,8 @@ METRICS = {
     for m in (
         Metric("perplexity", "perplexity", "perplexity relative to exact routing"),
         Metric("kl", "kl", "KL from exact routing (nats per token)"),
-        Metric("accuracy", "accuracy", "accuracy", best_is_high=True),
-        Metric("top1", "top1_agreement", "top-1 agreement with exact routing", best_is_high=True),
+        Metric("accuracy", "accuracy", "accuracy"),
+        Metric("top1", "top1_agreement", "top-1 agreement with exact routing"),
     )
 }
 

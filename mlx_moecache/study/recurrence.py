@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,6 @@ from ..residents import Residents
 from ..strategies import Strategy
 from .strategies_numpy import Array, select
 
-Accounting = Literal["engine", "paper"]
 Ids = npt.NDArray[np.intp]
 
 

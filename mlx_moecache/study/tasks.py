@@ -79,6 +79,3 @@ class ReplyTask(Protocol):
 
         Such as {"strict": False, "flexible": True}.
         """
-
-
-Task = ChoiceTask | ReplyTask

@@ -58,22 +58,13 @@ class WindowScorer:
             raise UsageError(f"{len(counts)} slot counts for {len(cache.layers)} MoE layers; give one for each")
         self.model, self.strategy, self.initial = model, strategy, initial
         self._random = np.random.default_rng(seed)
-        self._layers = [
-            _Layer(
-                number,
-                x,
-                LayerRecurrence(
-                    x.num_experts,
-                    x.k,
-                    min(s, x.num_experts),
-                    strategy,
-                    eviction=eviction,
-                    accounting=accounting,
-                    ranked=_ranked(x),
-                ),
+        self._layers: list[_Layer] = []
+        for number, (x, s) in enumerate(zip(cache.layers, counts, strict=True)):
+            seam, slots_here = _seam_of(x), min(s, x.num_experts)
+            recurrence = LayerRecurrence(
+                x.num_experts, x.k, slots_here, strategy, eviction=eviction, accounting=accounting, ranked=seam.ranked
             )
-            for number, (x, s) in enumerate(zip(cache.layers, counts, strict=True))
-        ]
+            self._layers.append(_Layer(number, seam, recurrence))
 
     def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
         """[L, V] float32 logits of a new sequence of L tokens, evaluated.
@@ -143,21 +134,19 @@ class WindowScorer:
                 seam.take()
 
 
-def _ranked(layer: LayerExperts) -> int:
-    return layer.num_experts if layer.seam is None else layer.seam.ranked
+def _seam_of(layer: LayerExperts) -> SelectionSeam:
+    if layer.seam is None:
+        raise UnsupportedModelError(
+            f"the router of {layer.path} cannot be observed, so this model cannot be scored under a strategy"
+        )
+    return layer.seam
 
 
 class _Layer:
     """One layer's recurrence and the seam that feeds it. Observers hear of every token once, from here."""
 
-    def __init__(self, number: int, layer: LayerExperts, recurrence: LayerRecurrence) -> None:
-        self.number = number
-        if layer.seam is None:
-            raise UnsupportedModelError(
-                f"the router of {layer.path} cannot be observed, so this model cannot be scored under a strategy"
-            )
-        self.seam: SelectionSeam = layer.seam
-        self.recurrence = recurrence
+    def __init__(self, number: int, seam: SelectionSeam, recurrence: LayerRecurrence) -> None:
+        self.number, self.seam, self.recurrence = number, seam, recurrence
         self.biased = True
         self.own: list[Selections] = []
 
