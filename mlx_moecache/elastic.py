@@ -15,8 +15,8 @@ from typing import Literal
 
 from .budget import MemoryPlan
 from .pressure import Pressure, PressureSource
+from .stats import Phase
 
-Phase = Literal["prefill", "decode"]
 KEPT = {Pressure.WARNING: 0.75, Pressure.CRITICAL: 0.5}  # of the slots beyond the minimum, at each step down
 REGROWTH = 1 / KEPT[Pressure.WARNING]
 SETTLE = 3  # polls after a step down before the next one: what was freed has to show first

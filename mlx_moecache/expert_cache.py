@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 from .checkpoints.expert_layout import ComponentSpec, LayerExtents
 from .checkpoints.reader import ExpertReader, ReadRequest
+from .contents import CacheContents, LayerContents
 from .errors import BudgetError, ReadError, UsageError
-from .observer import Observer
+from .observer import Observer, UsageListener
 from .residents import Load, Residents
 from .routing import Original, RunningRange, Strategy
 from .seam import SelectionSeam
 from .slots import SlotPool
-from .stats import CacheStats, PhaseStats
+from .stats import CacheStats, Phase, PhaseStats
 
-Phase = Literal["prefill", "decode"]
 FILL_BATCH = 16  # experts per read while a layer is filled: enough to keep all threads busy
 
 
@@ -42,6 +41,7 @@ class LayerExperts:
         self.path, self.extents, self.num_experts, self.k = path, extents, num_experts, k
         self.residents = Residents(num_experts, slots, eviction)
         self.pool = SlotPool(components, slots)
+        self.stats = CacheStats()  # of this layer alone
         self.range = running_range  # of the router's scores, shared with the selection seam
         self.seam: SelectionSeam | None = None  # of its router, set by the MoE block
         self.on_resize: Callable[[], None] = lambda: None  # set by the MoE block: hands the pool's arrays to the model
@@ -63,6 +63,8 @@ class ExpertCache:
         self.strategy = strategy
         self.stats = CacheStats()
         self.observers: tuple[Observer, ...] = ()
+        self.listener: UsageListener | None = None
+        self.choose_strategy: Callable[[Strategy | str], Strategy] | None = None  # set by loading; see set_strategy
         self.plan_slots: Callable[[str | int], list[int]] | None = None  # memory -> slots per layer, set by loading
         self._phase: Phase | None = None
         self._closed = False
@@ -94,9 +96,11 @@ class ExpertCache:
 
     # ---- making experts resident ----
 
-    def stats_for(self, rows: int) -> PhaseStats:
-        """The counters of the phase of a call with `rows` tokens."""
-        return self.stats.decode if self.phase_of(rows) == "decode" else self.stats.prefill
+    def count(self, layer: LayerExperts, rows: int, seen: PhaseStats) -> None:
+        """Add what a call of `layer` with `rows` tokens did to the counters."""
+        phase = self.phase_of(rows)
+        self.stats.of(phase).add(seen)
+        layer.stats.of(phase).add(seen)
 
     def load(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
         """Read `loads` into their slots and publish them; bytes and seconds are counted in `stats`.
@@ -119,6 +123,7 @@ class ExpertCache:
             stats.read_seconds += self.reader.read_seconds - seconds_before
         layer.residents.publish(loads)
         stats.loads += len(loads)
+        stats.evictions += sum(x.victim is not None for x in loads)
 
     # ---- watching ----
 
@@ -136,6 +141,64 @@ class ExpertCache:
     def _update_blocks(self) -> None:
         for x in self.layers:
             x.on_resize()
+
+    # ---- routing, while running ----
+
+    def set_strategy(self, strategy: Strategy | str) -> None:
+        """Route by `strategy`, or by the one that a spec names, from the next token on. Residents and D stay.
+
+        Raises UsageError for an unknown spec, UnsupportedModelError if a router cannot be biased.
+        """
+        if isinstance(strategy, str) or self.choose_strategy is not None:
+            if self.choose_strategy is None:
+                raise UsageError("this cache was built without a model; give it a strategy object")
+            strategy = self.choose_strategy(strategy)
+        self.strategy = strategy
+        for x in self.layers:
+            if x.seam is not None:
+                x.seam.strategy = strategy
+        self._update_blocks()
+
+    # ---- contents ----
+
+    def contents(self) -> CacheContents:
+        """What is resident now, with its history and the running ranges."""
+        return CacheContents(
+            tuple(LayerContents(x.residents.copy(), float(x.range.total), x.range.tokens) for x in self.layers)
+        )
+
+    def restore(self, contents: CacheContents) -> None:
+        """Have exactly `contents` again: residents, their order and history, running ranges. Nothing is counted.
+
+        Raises UsageError if the slots have been resized since, ReadError if experts cannot be read.
+        """
+        if contents.slots_per_layer != self.slots_per_layer:
+            raise UsageError("the slots have been resized since these contents were taken; resize them back first")
+        self._exchange([x.experts for x in contents.layers])
+        for layer, saved in zip(self.layers, contents.layers, strict=True):
+            wanted = set(saved.experts)
+            for e in [e for e in layer.residents.experts if e not in wanted]:
+                layer.residents.drop(e)
+            layer.residents.adopt_history(saved.residents)
+            layer.range.set(saved.range_total, saved.range_tokens)
+
+    def warm(self, experts: Sequence[Sequence[int]]) -> int:
+        """Make `experts` of each layer resident, the last of each list to be evicted last; of too many, the last ones.
+
+        Returns how many were read, in one batch and without counting them. Raises UsageError if these are not experts
+        of this model, ReadError.
+        """
+        if len(experts) != len(self.layers):
+            raise UsageError(f"experts of {len(experts)} layers do not fit a model with {len(self.layers)} MoE layers")
+        wanted = []
+        for layer, ids in zip(self.layers, experts, strict=True):
+            if not all(0 <= e < layer.num_experts for e in ids):
+                raise UsageError(f"experts of {layer.path} must be numbers from 0 to {layer.num_experts - 1}")
+            wanted.append(list(dict.fromkeys(reversed(ids)))[: layer.residents.capacity][::-1])
+        read = self._exchange(wanted)
+        for layer, ids in zip(self.layers, wanted, strict=True):
+            layer.residents.touch([(e, 1) for e in ids])
+        return read
 
     # ---- the whole cache ----
 
@@ -163,6 +226,7 @@ class ExpertCache:
             if x.residents.capacity < x.num_experts:
                 x.residents.clear()
             x.range.reset()
+            x.stats = CacheStats()
         self.stats = CacheStats()
 
     def resize(self, *, slots: int | Sequence[int] | None = None, memory: str | int | None = None) -> None:
@@ -205,6 +269,25 @@ class ExpertCache:
         e = layer.extents
         for c in range(len(e.nbytes)):
             yield ReadRequest(e.shards[c][expert], e.offsets[c][expert], layer.pool.view(c, slot))
+
+    def _exchange(self, wanted: Sequence[Sequence[int]]) -> int:
+        """Make `wanted` of each layer resident in one read; the number of experts read."""
+        if self._closed:
+            raise ReadError("experts are needed from disk, but the cache is closed; load the model again")
+        plans = [(x, x.residents.plan_exchange(ids)) for x, ids in zip(self.layers, wanted, strict=True)]
+        for layer, _ in plans:
+            layer.pool.fence()
+        try:
+            self.reader.read(
+                [r for layer, loads in plans for x in loads for r in self._requests(layer, x.expert, x.slot)]
+            )
+        except BaseException:
+            for layer, loads in plans:
+                self._restore(layer, loads)
+            raise
+        for layer, loads in plans:
+            layer.residents.publish(loads)
+        return sum(len(loads) for _, loads in plans)
 
     def _restore(self, layer: LayerExperts, loads: Sequence[Load]) -> None:
         """Bring victims whose slots may have been overwritten back, so that a failed read changes nothing."""

@@ -21,10 +21,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import system
 from .budget import MemoryPlan
-from .elastic import Phase
 from .errors import UsageError
 from .expert_cache import ExpertCache
-from .stats import CacheStats
+from .stats import CacheStats, Phase
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]

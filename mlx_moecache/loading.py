@@ -31,6 +31,7 @@ from .moe_block import NO_SEAM, MoeBlock, find_blocks
 from .pressure import system_pressure
 from .routing import Original, Strategy, parse_routing
 
+LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"  # what transformers calls it
 DEFAULT_MAX_CONTEXT = 4096  # tokens of KV cache that are reserved where the need is not known
 
 
@@ -99,6 +100,8 @@ class OpenedModel:
             raise CheckpointError(
                 f"no usable tokenizer in {self.folder}: {one_line(e)}; download the model again"
             ) from e
+        # transformers would warn once of texts beyond the length that it knows, and of errors that do not come here.
+        getattr(tokenizer, "deprecation_warnings", {})[LENGTH_WARNING] = True
         try:
             for token in extra_eos_tokens:
                 tokenizer.add_eos_token(token)
@@ -189,14 +192,7 @@ class OpenedModel:
         try:
             stages = self.stages(memory, host_buffers=reader.host_buffer_bytes) if memory.elastic else []
             plan = stages[0].prefill if stages else self.plan(memory, host_buffers=reader.host_buffer_bytes)
-            strategy = parse_routing(
-                cache.routing,
-                strength=cache.strength,
-                top_j=cache.top_j,
-                k=min(b.k for b in self.blocks),
-                slots=sum(plan.slots_per_layer),
-                experts=sum(b.num_experts for b in self.blocks),
-            )
+            strategy = self._strategy(cache.routing, cache.strength, cache.top_j, plan.slots_per_layer)
             self._refuse_unreachable(strategy, {b.path: NO_SEAM for b in self.blocks if b.seam is None})
             system.limit_buffer_cache()
             mx.eval(list(footprint.model_arrays(self.model)))
@@ -217,6 +213,7 @@ class OpenedModel:
             ]
             expert_cache = ExpertCache(layers, reader, strategy)
             expert_cache.plan_slots = self._slot_planner(plan)
+            expert_cache.choose_strategy = self._strategy_chooser(expert_cache, tested)
             for number, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
                 block.attach(expert_cache, layer, number)
         except BaseException:
@@ -226,6 +223,30 @@ class OpenedModel:
         self.model.memory_plan = plan
         self.model.elastic_slots = self._elastic_slots(stages, expert_cache) if stages else None
         return self.model
+
+    def _strategy(
+        self, routing: str | Strategy, strength: float | None, top_j: int | None, slots: Sequence[int]
+    ) -> Strategy:
+        return parse_routing(
+            routing,
+            strength=strength,
+            top_j=top_j,
+            k=min(b.k for b in self.blocks),
+            slots=sum(slots),
+            experts=sum(b.num_experts for b in self.blocks),
+        )
+
+    def _strategy_chooser(
+        self, cache: ExpertCache, tested: dict[str, str | None]
+    ) -> Callable[[Strategy | str], Strategy]:
+        unreachable = {path: reason for path, reason in tested.items() if reason}
+
+        def choose(routing: Strategy | str) -> Strategy:
+            strategy = self._strategy(routing, None, None, cache.slots_per_layer)
+            self._refuse_unreachable(strategy, unreachable)
+            return strategy
+
+        return choose
 
     def _elastic_slots(self, stages: Sequence[Stage], cache: ExpertCache) -> ElasticSlots:
         def apply(plan: MemoryPlan, slots: Sequence[int]) -> None:

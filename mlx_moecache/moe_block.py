@@ -8,6 +8,7 @@ selected experts to the host; a layer whose experts are all resident runs the or
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,33 +114,45 @@ class MoeBlock:
         rows = indices.size // k
         if layer.residents.is_complete:
             if cache.observers:
-                self._read_host(indices.reshape(rows, k))
+                self._read_host(indices.reshape(rows, k), PhaseStats())
             return self._upstream(x, indices) if indices.size < WAVE_ROWS else self._in_two_steps(x, indices)
-        ids, scores, swapped = self._read_host(indices.reshape(rows, k))
+        seen = PhaseStats()
+        try:
+            return self._partly_resident(x, indices, rows, seen)
+        finally:
+            cache.count(layer, rows, seen)
+
+    def _partly_resident(self, x: mx.array, indices: mx.array, rows: int, seen: PhaseStats) -> mx.array:
+        layer, cache = self.layer, self.cache
+        ids, scores, swapped = self._read_host(indices.reshape(rows, -1), seen)
         uses = _uses(ids, scores, self.num_experts)
-        stats = cache.stats_for(rows)
-        misses = sum(n for e, n in uses if e not in layer.residents)
         needed = [e for e, _ in uses]
+        missed = [e for e in needed if e not in layer.residents]
+        misses = sum(n for e, n in uses if e not in layer.residents) if rows > 1 else len(missed)
         if rows > 1:
             fits = len(needed) <= layer.residents.capacity
             waves = [Wave(needed, layer.residents.plan(needed))] if fits else layer.residents.plan_waves(needed)
-            y = self._in_waves(x, ids, waves, stats).reshape(*indices.shape, -1)
+            y = self._in_waves(x, ids, waves, seen).reshape(*indices.shape, -1)
             layer.residents.touch(uses, rows)
         else:
-            cache.load(layer, layer.residents.plan(needed), stats)
+            cache.load(layer, layer.residents.plan(needed), seen)
             layer.residents.touch(uses)
             slot_of = {e: layer.residents.slot_of(e) for e in needed}
             slots = np.array([slot_of.get(e, 0) for e in ids.ravel().tolist()], dtype=np.uint32)
             y = self._upstream(x, mx.array(slots.reshape(indices.shape)))
             layer.pool.track(y)
         selections = sum(n for _, n in uses)
-        stats.selections += selections
-        stats.misses += misses
-        stats.hits += selections - misses
-        stats.swapped += swapped
+        seen.selections += selections
+        seen.misses += misses
+        seen.hits += selections - misses
+        seen.swapped += swapped
+        if cache.listener is not None:
+            cache.listener.used(self.number, cache.phase_of(rows), needed, missed)
         return y
 
-    def _read_host(self, indices: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
+    def _read_host(
+        self, indices: mx.array, stats: PhaseStats
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
         """The layer's only host read: selected experts [T, K], their scores [T, K], number of swapped selections.
 
         Selections that compute nothing (identity experts, which reach the switch as expert 0 of weight 0) get numbers
@@ -148,8 +161,9 @@ class MoeBlock:
         """
         seen = self.seam.take() if self.seam is not None else None
         earlier = self.layer.pool.take_unfenced()
+        stats.host_reads += 1
         if seen is None:
-            mx.eval(indices, *earlier)
+            self._wait(stats, indices, *earlier)
             ids = np.array(indices)
             self._tell(None, None, ids, ids)
             return ids, None, 0
@@ -159,11 +173,16 @@ class MoeBlock:
         watched = self.cache.observers and seen.own is not None
         p = probabilities(seen.scores, logits=seen.in_logits) if watched else None
         lazy = [a for a in (indices, scores, seen.mean_range, seen.swapped, p, seen.own) if a is not None]
-        mx.eval(*lazy, *earlier)
+        self._wait(stats, *lazy, *earlier)
         ids = np.array(indices)
         if watched:
             self._tell(np.array(seen.scores), np.array(p), np.array(seen.own), ids)
         return ids, np.array(scores), 0 if seen.swapped is None else int(np.array(seen.swapped))
+
+    def _wait(self, stats: PhaseStats, *arrays: mx.array) -> None:
+        began = time.perf_counter()
+        mx.eval(*arrays)
+        stats.host_wait_seconds += time.perf_counter() - began
 
     def _tell(self, z: Scores | None, p: Scores | None, own: npt.NDArray[Any], used: npt.NDArray[Any]) -> None:
         for observer in self.cache.observers:

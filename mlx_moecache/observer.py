@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,16 @@ class RoutedCall:
     own: Ids
     used: Ids
     steps: bool = False
+
+
+class UsageListener(Protocol):
+    """Learns which experts ran, for displays; cheaper than an observer, and layers that are all resident say nothing.
+
+    Called after each call of a layer, on the thread that computes: it must take microseconds.
+    """
+
+    def used(self, layer: int, phase: str, experts: Sequence[int], missed: Sequence[int]) -> None:
+        """The call used `experts`, distinct, of which `missed` were not in memory when it began."""
 
 
 class Observer(Protocol):

@@ -6,6 +6,7 @@ Planning changes nothing; `publish` and `drop` do. So a read that fails between 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from .errors import UsageError
@@ -107,6 +108,27 @@ class Residents:
             occupants = [(x.slot, x.expert) for x in loads] + occupants[len(loads) :]
             start = end
         return waves
+
+    def plan_exchange(self, wanted: Collection[int]) -> list[Load]:
+        """Loads after which all of `wanted` (distinct, at most `capacity`) are resident, in the places of others.
+
+        Others stay where no place is needed.
+        """
+        missing = [e for e in wanted if e not in self._slot_of]
+        if self.capacity == self.num_experts:
+            return [Load(e, e, None) for e in missing]
+        leaving = [e for e in self.eviction_order() if e not in wanted]
+        places: list[tuple[int, int | None]] = [(s, None) for s in reversed(self._free)]
+        places += [(self._slot_of[e], e) for e in leaving]
+        return [Load(e, s, v) for e, (s, v) in zip(missing, places, strict=False)]
+
+    def adopt_history(self, other: Residents) -> None:
+        """Order and counts of evictions from now on as in `other`, which has the same residents."""
+        self._policy = deepcopy(other._policy)
+
+    def copy(self) -> Residents:
+        """An independent copy."""
+        return deepcopy(self)
 
     def publish(self, loads: Sequence[Load]) -> None:
         """The bytes of `loads` have landed: their victims are gone, their experts resident."""

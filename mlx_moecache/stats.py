@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from typing import Literal
+
+Phase = Literal["prefill", "decode"]
 
 
 @dataclass
@@ -21,6 +24,9 @@ class PhaseStats:
     bytes_read: int = 0
     read_seconds: float = 0.0  # wall time spent waiting for reads
     swapped: int = 0  # selections that routing changed: not among the router's own top-k
+    evictions: int = 0  # experts that gave their slot to one that was read
+    host_reads: int = 0  # times a layer brought its selections to the host, which ends the device's run-ahead
+    host_wait_seconds: float = 0.0  # wall time of these, including whatever was still to be computed before them
 
     @property
     def hit_rate(self) -> float | None:
@@ -30,6 +36,19 @@ class PhaseStats:
     @property
     def swapped_share(self) -> float:
         return self.swapped / self.selections if self.selections else 0.0
+
+    def add(self, more: PhaseStats) -> None:
+        """Count `more` as well. Spelled out: this runs in every layer of every token."""
+        self.selections += more.selections
+        self.hits += more.hits
+        self.misses += more.misses
+        self.loads += more.loads
+        self.bytes_read += more.bytes_read
+        self.read_seconds += more.read_seconds
+        self.swapped += more.swapped
+        self.evictions += more.evictions
+        self.host_reads += more.host_reads
+        self.host_wait_seconds += more.host_wait_seconds
 
     def __sub__(self, earlier: PhaseStats) -> PhaseStats:
         return PhaseStats(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
@@ -45,6 +64,10 @@ class CacheStats:
     @property
     def swapped(self) -> int:
         return self.prefill.swapped + self.decode.swapped
+
+    def of(self, phase: Phase) -> PhaseStats:
+        """The counters of one phase."""
+        return self.decode if phase == "decode" else self.prefill
 
     def copy(self) -> CacheStats:
         return CacheStats(PhaseStats(**asdict(self.prefill)), PhaseStats(**asdict(self.decode)))

@@ -334,6 +334,10 @@ class RunningRange:
         self.total = mx.array(0.0)
         self.tokens = 0
 
+    def set(self, total: float, tokens: int) -> None:
+        """Go on from a sum of ranges over `tokens` tokens that was taken earlier."""
+        self.total, self.tokens = mx.array(total), tokens
+
     def observe(self, z: mx.array) -> mx.array:
         """Add the tokens of z [T, E] and return D (a lazy scalar). Experts at -inf were ruled out and do not count."""
         low = mx.where(z == -mx.inf, mx.inf, z)
