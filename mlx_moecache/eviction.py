@@ -7,19 +7,27 @@ classes. The bound that no policy can pass is in belady.py.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
+from itertools import islice
 from typing import Protocol
 
 from .errors import UsageError
+from .rising_heap import Key, RisingHeap
 
+FEW_LOW, MANY_LOW = 8, 32  # experts whose values LFRU compares
+PATIENCE = 64  # tokens between two times that LFRU chooses these anew because they are too many
+CERTAIN = 1 - 1e-9  # a value this much below a limit is below it however sums were rounded
 DEFAULT_DECAY = 0.98  # halves a count in 34 tokens
 
 
 class EvictionPolicy(Protocol):
-    """The contract of a policy of one layer. `victims` needs O(S) at most, everything else O(1) per expert."""
+    """The contract of a policy of one layer of S slots.
+
+    `first` costs O(log S) at most for each expert that it names or passes over, everything else but `order` O(1) per
+    expert, all amortised over calls.
+    """
 
     def advance(self, tokens: int) -> None:
         """`tokens` more tokens of this layer were routed, and the calls of `touch` that follow say what they selected.
@@ -36,20 +44,16 @@ class EvictionPolicy(Protocol):
     def touch(self, expert: int, count: int = 1) -> None:
         """`expert`, resident or not, was selected `count` times."""
 
+    def first(self, n: int, protected: Collection[int]) -> list[int]:
+        """The first `n` of `order` that are not `protected`."""
+
     def order(self) -> Iterator[int]:
         """Resident experts, the first to be evicted first."""
 
 
-def victims(policy: EvictionPolicy, n: int, protected: Container[int]) -> list[int]:
+def victims(policy: EvictionPolicy, n: int, protected: Collection[int]) -> list[int]:
     """The next `n` experts to evict, none of them `protected`; fewer if there are not that many. Changes nothing."""
-    found: list[int] = []
-    if n > 0:
-        for expert in policy.order():
-            if expert not in protected:
-                found.append(expert)
-                if len(found) == n:
-                    break
-    return found
+    return policy.first(n, protected) if n > 0 else []
 
 
 class LRU:
@@ -71,6 +75,9 @@ class LRU:
         if expert in self._experts:
             self._experts.move_to_end(expert)
 
+    def first(self, n: int, protected: Container[int]) -> list[int]:
+        return list(islice((e for e in self._experts if e not in protected), n))
+
     def order(self) -> Iterator[int]:
         return iter(self._experts)
 
@@ -79,36 +86,37 @@ class LFU:
     """Evict the expert selected least often since it became resident."""
 
     def __init__(self) -> None:
-        self._count: dict[int, int] = {}
-        self._groups: dict[int, OrderedDict[int, None]] = {}  # count -> its experts, oldest first
+        self._count: dict[int, int] = {}  # residents -> selections
+        self._stamp: dict[int, int] = {}  # residents -> when last selected; larger is later
+        self._heap = RisingHeap()
+        self._clock = 0
 
     def advance(self, tokens: int) -> None:
         pass
 
     def insert(self, expert: int) -> None:
-        self._place(expert, 0)
+        self._clock += 1
+        self._count[expert], self._stamp[expert] = 0, self._clock
+        self._heap.add(expert, (0, self._clock))
 
     def remove(self, expert: int) -> None:
-        count = self._count.pop(expert)
-        group = self._groups[count]
-        del group[expert]
-        if not group:
-            del self._groups[count]
+        del self._count[expert], self._stamp[expert]
+        self._heap.remove(expert)
 
     def touch(self, expert: int, count: int = 1) -> None:
         if expert in self._count:
-            total = self._count[expert] + count
-            self.remove(expert)
-            self._place(expert, total)
+            self._clock += 1
+            self._count[expert] += count
+            self._stamp[expert] = self._clock
+
+    def first(self, n: int, protected: Container[int]) -> list[int]:
+        return self._heap.smallest(n, self._key, protected)
 
     def order(self) -> Iterator[int]:
-        # Sorting the distinct counts, not the experts: there are at most as many counts as slots.
-        for count in sorted(self._groups):
-            yield from self._groups[count]
+        return iter(sorted(self._count, key=self._key))
 
-    def _place(self, expert: int, count: int) -> None:
-        self._count[expert] = count
-        self._groups.setdefault(count, OrderedDict())[expert] = None
+    def _key(self, expert: int) -> Key:
+        return self._count[expert], self._stamp[expert]
 
 
 class Decay:
@@ -125,6 +133,7 @@ class Decay:
         self._growth, self._share = 1.0, 1.0
         self._count: dict[int, float] = {}
         self._stamp: dict[int, int] = {}  # residents -> when last selected; larger is later
+        self._heap = RisingHeap()
         self._clock = 0
 
     def advance(self, tokens: int) -> None:
@@ -134,29 +143,40 @@ class Decay:
         if doublings > 512:  # nothing is left of earlier counts, and the factor would not fit into a float
             self._count.clear()
             self._growth = 1.0
+            self._heap.rebuild(self._key)
         else:
             self._growth *= 2.0**doublings
             if self._growth > 2.0**256:
                 for expert in self._count:  # by a power of two, so that nothing is rounded
                     self._count[expert] *= 2.0**-512
                 self._growth *= 2.0**-512
+                self._heap.rebuild(self._key)
         d = self._decay
         self._share = 1.0 if d == 1 else (1 - d**tokens) / (tokens * (1 - d))
 
     def insert(self, expert: int) -> None:
         self._clock += 1
         self._stamp[expert] = self._clock
+        self._heap.add(expert, self._key(expert))
 
     def remove(self, expert: int) -> None:
         del self._stamp[expert]
+        self._heap.remove(expert)
 
     def touch(self, expert: int, count: int = 1) -> None:
         self._count[expert] = self._count.get(expert, 0.0) + count * self._share * self._growth
         if expert in self._stamp:
-            self.insert(expert)
+            self._clock += 1
+            self._stamp[expert] = self._clock
+
+    def first(self, n: int, protected: Container[int]) -> list[int]:
+        return self._heap.smallest(n, self._key, protected)
 
     def order(self) -> Iterator[int]:
-        return _ascending([(self._count.get(e, 0.0), stamp, e) for e, stamp in self._stamp.items()])
+        return iter(sorted(self._stamp, key=self._key))
+
+    def _key(self, expert: int) -> Key:
+        return self._count.get(expert, 0.0), self._stamp[expert]
 
 
 class LFRU:
@@ -170,6 +190,12 @@ class LFRU:
         self._count: dict[int, int] = {}
         self._used: dict[int, tuple[int, int]] = {}  # residents -> (token, stamp) of the last selection
         self._token = self._clock = 0
+        # Values fall as time passes, each at its own pace, so no order of them lasts. But when an expert will fall to a
+        # fixed value is known, and using it only puts that off: those at or below `_limit` wait in `_low`, the others
+        # in a heap by that time. `_low` is short, and only there values are compared.
+        self._limit, self._drawn = math.inf, 0
+        self._low: set[int] = set()
+        self._heap = RisingHeap()
 
     def advance(self, tokens: int) -> None:
         self._token += tokens
@@ -177,26 +203,60 @@ class LFRU:
     def insert(self, expert: int) -> None:
         self._clock += 1
         self._used[expert] = self._token, self._clock
+        self._low.add(expert)
 
     def remove(self, expert: int) -> None:
         del self._used[expert]
+        if expert in self._low:
+            self._low.remove(expert)
+        else:
+            self._heap.remove(expert)
 
     def touch(self, expert: int, count: int = 1) -> None:
         self._count[expert] = self._count.get(expert, 0) + count
         if expert in self._used:
-            self.insert(expert)
+            self._clock += 1
+            self._used[expert] = self._token, self._clock
+
+    def first(self, n: int, protected: Collection[int]) -> list[int]:
+        self._low.update(self._heap.pop_below(self._token, self._falls))
+        ranked = []
+        for expert in tuple(self._low):
+            key = self._key(expert)
+            if key[0] > self._limit:
+                self._low.remove(expert)
+                self._heap.add(expert, self._falls(expert))
+            elif key[0] < self._limit * CERTAIN or self._limit == math.inf:
+                ranked.append((key, expert))
+        ranked.sort()
+        found = [expert for _, expert in ranked if expert not in protected][:n]
+        # Many equal values, as a long prompt leaves, would crowd it again at once: hence the patience.
+        crowded = len(self._low) > MANY_LOW + 2 * (n + len(protected)) and self._token >= self._drawn + PATIENCE
+        if crowded or (len(found) < n and len(self._heap)):
+            order = list(self.order())
+            self._draw_limit(order, n + len(protected) + FEW_LOW)
+            found = [expert for expert in order if expert not in protected][:n]
+        return found
 
     def order(self) -> Iterator[int]:
-        return _ascending(
-            [(self._count.get(e, 0) / (self._token - t + 1), stamp, e) for e, (t, stamp) in self._used.items()]
-        )
+        return iter(sorted(self._used, key=self._key))
 
+    def _key(self, expert: int) -> Key:
+        token, stamp = self._used[expert]
+        return self._count.get(expert, 0) / (self._token - token + 1), stamp
 
-def _ascending(keyed: list[tuple[float, int, int]]) -> Iterator[int]:
-    """The experts of (key, stamp, expert), smallest first. A heap: usually only the first few are asked for."""
-    heapq.heapify(keyed)
-    while keyed:
-        yield heapq.heappop(keyed)[2]
+    def _falls(self, expert: int) -> Key:
+        """The token at which the value will have fallen to `_limit`."""
+        token, stamp = self._used[expert]
+        return token - 1 + self._count.get(expert, 0) / self._limit, stamp
+
+    def _draw_limit(self, order: list[int], n: int) -> None:
+        """Let the first `n` of `order` be those at or below the limit."""
+        self._limit = max(self._key(order[n])[0], 1e-12) if n < len(order) else math.inf
+        self._drawn = self._token
+        self._low, self._heap = set(order[:n]), RisingHeap()
+        for expert in order[n:]:
+            self._heap.add(expert, self._falls(expert))
 
 
 EVICTION: dict[str, type[LRU] | type[LFU] | type[Decay] | type[LFRU]] = {

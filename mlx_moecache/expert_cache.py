@@ -6,6 +6,7 @@ move (reader.py), who is evicted (eviction.py), or what is computed with the exp
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -14,6 +15,7 @@ from .checkpoints.reader import ExpertReader, ReadRequest
 from .contents import CacheContents, LayerContents
 from .errors import BudgetError, ReadError, UsageError
 from .observer import Observer, UsageListener
+from .read_pace import ReadPace
 from .residents import Load, Residents
 from .routing import Original, RunningRange, Strategy
 from .seam import SelectionSeam
@@ -63,6 +65,8 @@ class ExpertCache:
         self.strategy = strategy
         self.stats = CacheStats()
         self.observers: tuple[Observer, ...] = ()
+        self.overlaps = True  # compute what is there while the rest is read, where that pays
+        self.pace = ReadPace()
         self.listener: UsageListener | None = None
         self.choose_strategy: Callable[[Strategy | str], Strategy] | None = None  # set by loading; see set_strategy
         self.plan_slots: Callable[[str | int], list[int]] | None = None  # memory -> slots per layer, set by loading
@@ -103,24 +107,63 @@ class ExpertCache:
         layer.stats.of(phase).add(seen)
 
     def load(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
-        """Read `loads` into their slots and publish them; bytes and seconds are counted in `stats`.
+        """Read `loads` into their slots and publish them; what that took is counted in `stats`.
 
         Raises ReadError; residents, their order and the bytes in the slots are then as they were before.
         """
         if not loads:
             return
-        if self._closed:
-            raise ReadError(f"{layer.path} needs experts from disk, but its cache is closed; load the model again")
-        layer.pool.fence()
+        requests = self._prepare(layer, loads)
         bytes_before, seconds_before = self.reader.bytes_read, self.reader.read_seconds
+        began = time.perf_counter()
         try:
-            self.reader.read([r for x in loads for r in self._requests(layer, x.expert, x.slot)])
+            self.reader.read(requests)
         except BaseException:
             self._restore(layer, loads)
             raise
         finally:
             stats.bytes_read += self.reader.bytes_read - bytes_before
             stats.read_seconds += self.reader.read_seconds - seconds_before
+            seconds = time.perf_counter() - began
+            stats.wait_seconds += seconds
+            self.pace.observe(self.reader.bytes_read - bytes_before, seconds)
+        self._publish(layer, loads, stats)
+
+    @contextmanager
+    def loading(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> Iterator[None]:
+        """The same while the block runs, which may compute with every slot that `loads` do not write.
+
+        If the block or a read fails, residents, their order and the bytes in the slots are as they were before.
+        """
+        if not loads:
+            yield
+            return
+        pending = self.reader.start(self._prepare(layer, loads))
+        try:
+            try:
+                yield
+            except BaseException:
+                pending.cancel()
+                raise
+            pending.wait()
+        except BaseException:
+            self._restore(layer, loads)
+            raise
+        finally:
+            stats.bytes_read += pending.bytes_read
+            stats.read_seconds += pending.read_seconds
+            stats.wait_seconds += pending.wait_seconds
+            self.pace.observe(pending.bytes_read, pending.read_seconds)
+        self._publish(layer, loads, stats)
+
+    def _prepare(self, layer: LayerExperts, loads: Sequence[Load]) -> list[ReadRequest]:
+        """What to read; nothing that is still computed needs the slots any more."""
+        if self._closed:
+            raise ReadError(f"{layer.path} needs experts from disk, but its cache is closed; load the model again")
+        layer.pool.fence()
+        return [r for x in loads for r in self._requests(layer, x.expert, x.slot)]
+
+    def _publish(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
         layer.residents.publish(loads)
         stats.loads += len(loads)
         stats.evictions += sum(x.victim is not None for x in loads)
@@ -197,7 +240,8 @@ class ExpertCache:
             wanted.append(list(dict.fromkeys(reversed(ids)))[: layer.residents.capacity][::-1])
         read = self._exchange(wanted)
         for layer, ids in zip(self.layers, wanted, strict=True):
-            layer.residents.touch([(e, 1) for e in ids])
+            if ids:  # else its history would age for nothing
+                layer.residents.touch([(e, 1) for e in ids])
         return read
 
     # ---- the whole cache ----

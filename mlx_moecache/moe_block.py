@@ -22,7 +22,7 @@ from .checkpoints.expert_layout import ComponentSpec
 from .errors import UnsupportedModelError
 from .expert_cache import ExpertCache, LayerExperts
 from .observer import RoutedCall, Scores
-from .residents import Wave
+from .residents import Load, Wave
 from .routing import Original, RunningRange, probabilities
 from .seam import SelectionSeam, find_owner
 from .stats import PhaseStats
@@ -131,15 +131,12 @@ class MoeBlock:
         misses = sum(n for e, n in uses if e not in layer.residents) if rows > 1 else len(missed)
         if rows > 1:
             fits = len(needed) <= layer.residents.capacity
-            waves = [Wave(needed, layer.residents.plan(needed))] if fits else layer.residents.plan_waves(needed)
+            waves = layer.residents.plan_at_once(needed) if fits else layer.residents.plan_waves(needed)
             y = self._in_waves(x, ids, waves, seen).reshape(*indices.shape, -1)
             layer.residents.touch(uses, rows)
         else:
-            cache.load(layer, layer.residents.plan(needed), seen)
+            y = self._one_token(x, indices.shape, ids.ravel().tolist(), layer.residents.plan(needed), seen)
             layer.residents.touch(uses)
-            slot_of = {e: layer.residents.slot_of(e) for e in needed}
-            slots = np.array([slot_of.get(e, 0) for e in ids.ravel().tolist()], dtype=np.uint32)
-            y = self._upstream(x, mx.array(slots.reshape(indices.shape)))
             layer.pool.track(y)
         selections = sum(n for _, n in uses)
         seen.selections += selections
@@ -149,6 +146,34 @@ class MoeBlock:
         if cache.listener is not None:
             cache.listener.used(self.number, cache.phase_of(rows), needed, missed)
         return y
+
+    def _one_token(
+        self, x: mx.array, shape: Sequence[int], experts: Sequence[int], loads: Sequence[Load], stats: PhaseStats
+    ) -> mx.array:
+        """[.., K, D] outputs of `experts` [K] for one token, `shape` [.., K]; `loads` bring the missing ones.
+
+        Those that are there are computed while the others are read.
+        """
+        layer, cache = self.layer, self.cache
+        missing = {x.expert for x in loads}
+        late = [i for i, e in enumerate(experts) if e in missing]
+        pays = cache.overlaps and cache.pace.pays(len(loads) * self.bytes_per_expert)
+        if not late or len(late) == len(experts) or not pays:
+            cache.load(layer, loads, stats)
+            return self._upstream(x, self._slots(experts, shape))
+        early = [i for i, e in enumerate(experts) if e not in missing]
+        with cache.loading(layer, loads, stats):
+            hits = self._upstream(x, self._slots([experts[i] for i in early], [*shape[:-1], len(early)]))
+            mx.async_eval(hits)  # type: ignore[no-untyped-call]
+        misses = self._upstream(x, self._slots([experts[i] for i in late], [*shape[:-1], len(late)]))
+        place = np.argsort(np.array(early + late)).astype(np.uint32)
+        return mx.take(mx.concatenate([hits, misses], axis=-2), mx.array(place), axis=-2)
+
+    def _slots(self, experts: Sequence[int], shape: Sequence[int]) -> mx.array:
+        """Slot numbers of `experts` as [.., K]; those that compute nothing have weight 0, so any slot will do."""
+        residents = self.layer.residents
+        slots = [residents.slot_of(e) if e < self.num_experts else 0 for e in experts]
+        return mx.array(np.array(slots, dtype=np.uint32).reshape(shape))
 
     def _read_host(
         self, indices: mx.array, stats: PhaseStats
@@ -213,22 +238,28 @@ class MoeBlock:
         out: mx.array | None = None
         if not waves:
             out = mx.zeros((experts.size, self.output_dims), dtype=x.dtype)
-        for wave in waves:
-            self.cache.load(layer, wave.loads, stats)
+        if waves:
+            self.cache.load(layer, waves[0].loads, stats)
+        for wave, following in zip(waves, [*waves[1:], Wave([], [])], strict=True):
             in_wave = np.zeros(max(self.num_experts, int(experts.max()) + 1), dtype=bool)
             for e in wave.experts:
                 in_wave[e], slot_of[e] = True, layer.residents.slot_of(e)
-            positions = np.flatnonzero(in_wave[experts])
-            positions = positions[np.argsort(experts[positions], kind="stable")]
-            for i in range(0, positions.size, WAVE_ROWS):
-                part = positions[i : i + WAVE_ROWS]
-                rows, slots = mx.array((part // k).astype(np.uint32)), mx.array(slot_of[experts[part]])
-                y = self._upstream(rows_of_x[rows], slots[:, None]).squeeze(-2)
-                if out is None:
-                    out = mx.zeros((experts.size, y.shape[-1]), dtype=y.dtype)
-                out[mx.array(part.astype(np.uint32))] = y  # in place: nothing else holds `out`
-                del y
-                mx.eval(out)  # the next wave overwrites these slots
+            in_use = {int(slot_of[e]) for e in wave.experts}
+            ahead = not any(x.slot in in_use for x in following.loads) and self.cache.overlaps
+            with self.cache.loading(layer, following.loads if ahead else [], stats):
+                positions = np.flatnonzero(in_wave[experts])
+                positions = positions[np.argsort(experts[positions], kind="stable")]
+                for i in range(0, positions.size, WAVE_ROWS):
+                    part = positions[i : i + WAVE_ROWS]
+                    rows, slots = mx.array((part // k).astype(np.uint32)), mx.array(slot_of[experts[part]])
+                    y = self._upstream(rows_of_x[rows], slots[:, None]).squeeze(-2)
+                    if out is None:
+                        out = mx.zeros((experts.size, y.shape[-1]), dtype=y.dtype)
+                    out[mx.array(part.astype(np.uint32))] = y  # in place: nothing else holds `out`
+                    del y
+                    mx.eval(out)  # a wave after the following one overwrites these slots
+            if not ahead:
+                self.cache.load(layer, following.loads, stats)
         assert out is not None
         return out
 

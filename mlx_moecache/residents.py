@@ -5,12 +5,15 @@ Planning changes nothing; `publish` and `drop` do. So a read that fails between 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 
 from .errors import UsageError
 from .eviction import make_policy, victims
+
+LEAST_IN_TURN = 8  # usable slots; with fewer, half waves would be too small to compute at a good speed
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Residents:
         self.num_experts, self.capacity, self.eviction = num_experts, capacity, eviction
         self.version = 0  # changes whenever the set of resident experts does
         self._slot_of: dict[int, int] = {}
-        self._free = list(range(capacity - 1, -1, -1))
+        self._free = _stack(range(capacity))
         self._policy = make_policy(eviction)
 
     def __contains__(self, expert: int) -> bool:
@@ -71,17 +74,26 @@ class Residents:
         if self.capacity == self.num_experts:
             return [Load(e, e, None) for e in missing]  # once all are there, expert numbers are slot numbers
         out = victims(self._policy, len(missing) - len(self._free), frozenset(needed))
-        slots: list[tuple[int, int | None]] = [(s, None) for s in reversed(self._free[-len(missing) :])]
+        slots: list[tuple[int, int | None]] = [(s, None) for s in islice(reversed(self._free), len(missing))]
         slots += [(self._slot_of[v], v) for v in out]
         return [Load(e, s, v) for e, (s, v) in zip(missing, slots, strict=False)]
 
+    def plan_at_once(self, needed: Sequence[int]) -> list[Wave]:
+        """`needed` (distinct, at most `capacity`) as waves: first what is there, while the others are read."""
+        loads = self.plan(needed)
+        missing = {x.expert for x in loads}
+        present = [e for e in needed if e not in missing]
+        waves = [Wave(present, [])] if present else []
+        return waves + ([Wave([x.expert for x in loads], loads)] if loads else [])
+
     def plan_waves(self, touched: Sequence[int]) -> list[Wave]:
-        """Serve more experts than there are slots, each read at most once.
+        """Serve many experts, each read at most once.
 
         `touched` is distinct and ordered by last use, the most recent last. Residents are served first, without reads.
         Then the missing ones follow, oldest first, through the slots of experts that are not among the `capacity` most
         recently used, so that these end up resident. If there are hardly any such slots, a quarter of the capacity is
-        given up as well: one expert at a time would cost one evaluation for each.
+        given up as well: one expert at a time would cost one evaluation for each. Where there are enough, a wave takes
+        half of them and the next one the other half, so that it can be read while this one is computed.
         """
         touched_set, keep = set(touched), set(touched[-self.capacity :])
         present = [e for e in touched if e in self._slot_of]
@@ -94,18 +106,21 @@ class Residents:
         if len(usable) < least:
             kept = [e for e in present if e in keep]
             usable += [(self._slot_of[e], e) for e in kept[: least - len(usable)]]
-        width = min(len(usable), len(missing))
+        in_turn = len(usable) >= LEAST_IN_TURN
+        width = len(usable) // 2 if in_turn else len(usable)
         waves = [Wave(present, [])] if present else []
-        if not missing:
-            return waves
-        first = len(missing) % width or width  # so that the last wave fills all usable slots
-        start, occupants = 0, usable[:width]
+        if missing and passed and in_turn and len(passed) < len(present):
+            waves = [Wave(passed, []), Wave([e for e in present if e in keep], [])]  # whose slots are taken goes first
+        first = len(missing) % width or width  # so that the last waves fill all usable slots
+        start = 0
         while start < len(missing):
             end = start + (first if start == 0 else width)
-            experts = missing[start:end]
-            loads = [Load(e, s, v) for e, (s, v) in zip(experts, occupants, strict=False)]
-            waves.append(Wave(experts, loads))
-            occupants = [(x.slot, x.expert) for x in loads] + occupants[len(loads) :]
+            loads = []
+            for i in range(start, min(end, len(missing))):
+                slot, occupant = usable[i % len(usable)]
+                loads.append(Load(missing[i], slot, occupant))
+                usable[i % len(usable)] = slot, missing[i]
+            waves.append(Wave(missing[start:end], loads))
             start = end
         return waves
 
@@ -137,14 +152,14 @@ class Residents:
                 del self._slot_of[x.victim]
                 self._policy.remove(x.victim)
             else:
-                self._free.remove(x.slot)
+                del self._free[x.slot]
             self._slot_of[x.expert] = x.slot
             self._policy.insert(x.expert)
         self.version += bool(loads)
 
     def drop(self, expert: int) -> None:
         """The bytes of a resident expert are lost: its slot is free."""
-        self._free.append(self._slot_of.pop(expert))
+        self._free[self._slot_of.pop(expert)] = None
         self._policy.remove(expert)
         self.version += 1
 
@@ -173,7 +188,7 @@ class Residents:
     def clear(self) -> None:
         """Forget all residents and their history."""
         self._slot_of.clear()
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self._free = _stack(range(self.capacity))
         self._policy = make_policy(self.eviction)
         self.version += 1
 
@@ -193,6 +208,11 @@ class Residents:
             moves[self._slot_of[expert]] = slot_of[expert]
         used = set(slot_of.values())
         self.capacity, self._slot_of = capacity, slot_of
-        self._free = [s for s in range(capacity - 1, -1, -1) if s not in used]
+        self._free = _stack(s for s in range(capacity) if s not in used)
         self.version += 1
         return moves
+
+
+def _stack(slots: Iterable[int]) -> dict[int, None]:
+    """Free slots, the next to be used last. A dict, because any one of them may be taken out."""
+    return dict.fromkeys(reversed(list(slots)))

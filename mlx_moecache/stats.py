@@ -22,10 +22,11 @@ class PhaseStats:
     misses: int = 0
     loads: int = 0  # experts read; at decode equal to misses, in prefill an expert is read once for many tokens
     bytes_read: int = 0
-    read_seconds: float = 0.0  # wall time spent waiting for reads
+    read_seconds: float = 0.0  # wall time in which experts were being read
     swapped: int = 0  # selections that routing changed: not among the router's own top-k
     evictions: int = 0  # experts that gave their slot to one that was read
     host_reads: int = 0  # times a layer brought its selections to the host, which ends the device's run-ahead
+    wait_seconds: float = 0.0  # wall time in which nothing could be computed until experts had been read
     host_wait_seconds: float = 0.0  # wall time of these, including whatever was still to be computed before them
 
     @property
@@ -48,6 +49,7 @@ class PhaseStats:
         self.swapped += more.swapped
         self.evictions += more.evictions
         self.host_reads += more.host_reads
+        self.wait_seconds += more.wait_seconds
         self.host_wait_seconds += more.host_wait_seconds
 
     def __sub__(self, earlier: PhaseStats) -> PhaseStats:

@@ -16,10 +16,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from faulty_reads import after_each_read
 
 from mlx_moecache import doctor, system
 from mlx_moecache.checkpoints import direct_io, reader
-from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
+from mlx_moecache.checkpoints.reader import ReadRequest
 from mlx_moecache.console import doctor_device, doctor_model
 from mlx_moecache.console.doctor_check import Check, run_check, without_folders
 from mlx_moecache.console.doctor_model import Difference, parting, state_of_peak
@@ -39,19 +40,13 @@ def quiet(text: str) -> None:
 @pytest.fixture
 def corrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """corrupt(n): the n-th read and all later ones bring some wrong bytes."""
-    read = ExpertReader.read
 
     def start(first: int) -> None:
-        calls = 0
-
-        def wrong(self: ExpertReader, requests: Sequence[ReadRequest]) -> None:
-            nonlocal calls
-            read(self, requests)
-            calls += 1
-            if calls >= first:
+        def wrong(n: int, requests: Sequence[ReadRequest]) -> None:
+            if n >= first:
                 requests[0].view[:64] = b"\x55" * 64
 
-        monkeypatch.setattr(ExpertReader, "read", wrong)
+        after_each_read(monkeypatch, wrong)
 
     return start
 

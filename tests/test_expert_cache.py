@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from faulty_reads import after_each_read, scribble
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import Shelf, random_tokens, run_model, same_bits
@@ -231,19 +232,14 @@ class TestAFailedReadUnderAModel:
         path = shelf.checkpoint("mixtral")
         tokens, lengths = random_tokens(1, 20, seed=12), [14] + [1] * 6
         model = OpenedModel(path).load(MemoryOptions(slots=3), CacheOptions(routing="original"))
-        reads, read = 0, ExpertReader.read
 
-        def fail_once(self: ExpertReader, requests: Sequence[ReadRequest]) -> None:
-            nonlocal reads
-            reads += 1
-            if reads == failing + 1:
-                for request in requests[:3]:
-                    request.view[:] = b"\xa5" * len(request.view)
+        def fail_once(n: int, requests: Sequence[ReadRequest]) -> None:
+            if n == failing + 1:
+                scribble(requests[:3])
                 raise ReadError("made up")
-            read(self, requests)
 
         with monkeypatch.context() as patch, pytest.raises(ReadError):
-            patch.setattr(ExpertReader, "read", fail_once)
+            after_each_read(patch, fail_once)
             run_model(model, tokens, lengths)
         assert same_bits(run_model(model, tokens, lengths), run_model(shelf.stock(path), tokens, lengths))
 

@@ -25,10 +25,11 @@ import mlx.core as mx
 import mlx_lm.cache_prompt
 import mlx_lm.generate  # noqa: F401  # the module; the package binds the name to a function
 import pytest
+from faulty_reads import after_each_read
 from mlx.utils import tree_flatten
 from tiny_models import build_model, tiny_config, write_checkpoint, write_weights
 
-from mlx_moecache.checkpoints.reader import ExpertReader
+from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
 from mlx_moecache.console.interrupt import Interrupt, Interrupted
 from mlx_moecache.console.report import CacheUse, MemoryUse, Reply, statistics
 from mlx_moecache.console.terminal import StatusLine, make_streams_safe, write_notes
@@ -143,11 +144,32 @@ def test_a_saved_prompt_cache_is_continued_as_mlx_lm_does(
     more = figures(command(*flags[:-1], "600", "--slots", "15", "--json", *STOP_AT_ONCE))
     assert more["plan"]["kv_cache"] > kv_of_what_is_needed
 
+    assert figures(command(*flags, "--slots", "15", "--json", "--model", "demo"))["cached_tokens"] > 0
     assert "was made with the model" in refused(*flags, "--model", "someone/else")
     assert "leave it out" in refused(*flags, "--max-kv-size", "100")
     assert "no prompt cache file" in refused(*flags[:2], "--prompt-cache-file", str(tmp_path / "none"))
     weights = str(DEMO_MODEL / "model.safetensors")
     assert "not a prompt cache" in refused(*flags[:2], "--prompt-cache-file", weights)
+
+
+def test_a_prompt_beyond_the_length_that_the_tokenizer_names_is_read_without_a_warning() -> None:
+    text = "Once upon a time there was a fox. " * 250
+    argv = ["-p", text, "--slots", "60", "-m", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_moecache.generate", *argv], capture_output=True, text=True, timeout=100
+    )
+    assert json.loads(done.stdout)["prompt_tokens"] > 2048 and done.stderr == ""
+
+
+def test_demo_names_the_bundled_model_unless_a_folder_has_that_name(
+    command: Run, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, named = (figures(command(*SMALL, "--exact", "--json", *m)) for m in ([], ["--model", "demo"]))
+    assert named["model"] == plain["model"] == "demo_model" and named["text"] == plain["text"]
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "'demo' has no config.json" in refused(*SMALL, "--model", "demo")
+    assert figures(command(*SMALL, "--json"))["model"] == "demo_model"
 
 
 def test_kv_cache_is_reserved_for_prompt_and_reply_only(command: Run) -> None:
@@ -449,21 +471,18 @@ def test_flags_for_a_chat_template_that_is_not_there_are_refused(
 
 
 def test_a_failed_read_ends_the_line_of_the_reply_first(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, calls = ExpertReader.read, 0
+    first = 0
 
-    def fails_later(self: ExpertReader, requests: Sequence[Any]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 60:
+    def fails_later(n: int, requests: Sequence[ReadRequest]) -> None:
+        if n > first + 60:
             raise ReadError("the disk is gone; check it")
-        read(self, requests)
 
-    monkeypatch.setattr(ExpertReader, "read", fails_later)
+    after_each_read(monkeypatch, fails_later)
     done = command("-p", STORY, "--slots", "4", "--exact", "-m", "40")
     assert done.code == 2
     assert len(done.out) > 3 and done.out.endswith("\n")
     assert done.err == "error: the disk is gone; check it\n"
-    calls = 0
+    first = 61
     assert command("-p", STORY, "--slots", "4", "--exact", "-m", "40", "--json") == Done(2, "", done.err)
 
 

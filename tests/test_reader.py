@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,89 +19,33 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reads import (
+    SIZES,
+    WAYS,
+    FastClock,
+    Gauge,
+    Preadv,
+    need_direct,
+    refuse_o_direct,
+    request,
+    small_pieces,
+    watch_preadv,
+    write_shards,
+)
 
 from mlx_moecache.checkpoints import direct_io, reader
 from mlx_moecache.checkpoints.reader import EmulatedFlash, ExpertReader, ReadRequest
 from mlx_moecache.errors import ReadError
 
-SIZES = (400_001, 123_456)  # bytes of the two shards; no multiple of any block size
-WAYS = ("buffered", "direct", "refused")  # refused: direct I/O was asked for, the file system says no
-
-Preadv = Callable[[int, Sequence[memoryview], int], int]
-
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    folder = tmp_path_factory.mktemp("shards")
-    paths = tuple(folder / f"model-{i}.safetensors" for i in range(len(SIZES)))
-    for seed, (path, size) in enumerate(zip(paths, SIZES, strict=True)):
-        path.write_bytes(random.Random(seed).randbytes(size))
-    return paths
+    return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
 def contents(shards: tuple[Path, ...]) -> tuple[bytes, ...]:
     return tuple(path.read_bytes() for path in shards)
-
-
-def refuse_o_direct(patch: pytest.MonkeyPatch) -> None:
-    real = os.open
-
-    def open_without(path: object, flags: int, *args: int) -> int:
-        if flags & getattr(os, "O_DIRECT", 0):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
-        return real(path, flags, *args)
-
-    patch.setattr(os, "open", open_without)
-
-
-@contextlib.contextmanager
-def small_pieces(way: str, shards: Sequence[Path], **options: object) -> Iterator[ExpertReader]:
-    """A reader that cuts even short requests into pieces for its threads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "PIECE_BYTES", 10_000)
-        patch.setattr(reader, "BOUNCE_BYTES", 3 * direct_io.DEFAULT_ALIGNMENT)
-        patch.setattr(reader, "INLINE_BYTES", 0)
-        if way == "refused":
-            refuse_o_direct(patch)
-        with ExpertReader(shards, direct_io=way != "buffered", **options) as opened:  # type: ignore[arg-type]
-            yield opened
-
-
-def need_direct(opened: ExpertReader) -> None:
-    if opened.io_mode != "direct":
-        pytest.skip(f"no O_DIRECT here: {opened.io_note}")
-
-
-def request(target: bytearray, offset: int, *, shard: int = 0) -> ReadRequest:
-    return ReadRequest(shard, offset, memoryview(target))
-
-
-def watch_preadv(patch: pytest.MonkeyPatch, fake: Callable[[Preadv], Preadv]) -> None:
-    patch.setattr(os, "preadv", fake(os.preadv))
-
-
-class Gauge:
-    """Counts the calls of preadv, those running now, and the threads they come from."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.running = 0
-        self.threads: set[str] = set()
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[int]:
-        with self._lock:
-            number = self.calls
-            self.calls += 1
-            self.running += 1
-            self.threads.add(threading.current_thread().name)
-        try:
-            yield number
-        finally:
-            with self._lock:
-                self.running -= 1
 
 
 extents = st.lists(
@@ -477,25 +421,21 @@ def test_an_emulated_flash_takes_at_least_latency_and_transfer_time(shards: tupl
 def test_an_emulated_flash_charges_the_latency_once_per_call_and_nothing_for_an_empty_one(
     shards: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pauses: list[float] = []
-    clock = SimpleNamespace(sleep=pauses.append, perf_counter=time.perf_counter)
-    monkeypatch.setattr(reader, "time", clock)
+    clock = FastClock(monkeypatch)
     with ExpertReader(shards, flash=EmulatedFlash(1e6, latency_seconds=100.0)) as opened:
         opened.read([request(bytearray(1000), 5000 * i) for i in range(50)])
         opened.read([])
         opened.read([request(bytearray(0), 17)])
-    assert len(pauses) == 1
-    assert 50 < pauses[0] <= 100.05  # 100 s and 50 ms, less the time of the reads themselves
+    assert 50 < clock.slept <= 100.051  # 100 s and 50 ms, less the time of the reads themselves
 
 
 def test_a_disk_slower_than_the_emulated_flash_is_not_slowed_further(
     shards: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(reader, "time", SimpleNamespace(sleep=pauses.append, perf_counter=time.perf_counter))
+    clock = FastClock(monkeypatch)
     with ExpertReader(shards, flash=EmulatedFlash(1e15)) as opened:
         opened.read([request(bytearray(1000), 0)])
-    assert pauses == [0.0]
+    assert clock.slept == 0.0
 
 
 def test_direct_reads_use_aligned_blocks_and_count_only_the_bytes_wanted(

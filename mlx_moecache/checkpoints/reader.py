@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from mlx_moecache.checkpoints.direct_io import BounceArena, BounceBuffer, drop_from_page_cache, open_shards, read_into
+from mlx_moecache.checkpoints.emulated_flash import EmulatedFlash as EmulatedFlash
+from mlx_moecache.checkpoints.emulated_flash import FlashQueue, Transfer
 from mlx_moecache.errors import ReadError
 
 # Measured with benchmarks/expert_reads.py on a virtual disk of 2.5 GB/s: smaller pieces cost speed, larger ones
@@ -28,6 +30,9 @@ BOUNCE_BYTES = 768 * 1024
 BOUNCES_PER_THREAD = 2
 # Below this a buffered batch is read on the calling thread: waking a helper costs more than the reads.
 INLINE_BYTES = 256 * 1024
+# A demand waits for the pieces of an ahead batch that were begun, one per thread: so these are small.
+AHEAD_PIECE_BYTES = 512 * 1024
+CLOSED = "the reader is closed; open the model again to read its experts"
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,6 @@ class ReadRequest:
     shard: int  # index into the reader's shards
     offset: int  # bytes from the start of the file
     view: memoryview  # writable, contiguous, cast to "B"; its length is the byte count
-
-
-@dataclass(frozen=True)
-class EmulatedFlash:
-    """A slower storage device: each `read()` call takes at least latency + bytes / speed of wall time.
-
-    The latency is charged once per call, whatever the number of requests in it, and nothing else is added.
-    A disk that is slower than the emulated one is not made faster.
-    """
-
-    bytes_per_second: float
-    latency_seconds: float = 0.0
 
 
 class _Piece(NamedTuple):
@@ -58,54 +51,72 @@ class _Piece(NamedTuple):
     views: tuple[memoryview, ...]
 
 
-class _Batch:
-    """The pieces of one `read()` call: the calling thread and its helpers take them one by one."""
+class Pending:
+    """Reads that are under way: the pieces of one batch, which the helpers and a waiting caller take one by one.
 
-    def __init__(self, pieces: Sequence[_Piece]) -> None:
+    Its views must not be used before `wait` has returned. One of `wait` and `cancel` must be called before the memory
+    is used for anything else.
+
+    Afterwards: bytes_read, 0 if it failed; read_seconds, wall time from its start to its last byte, whoever else was
+    reading; wait_seconds, how much of it a caller spent in `wait`.
+    """
+
+    def __init__(self, reader: "ExpertReader", pieces: Sequence[_Piece], *, ahead: bool) -> None:
+        self.nbytes = sum(piece.nbytes for piece in pieces)
+        self.bytes_read = 0
+        self.read_seconds = self.wait_seconds = 0.0
+        self.started = time.perf_counter()
         self.failure: BaseException | None = None
-        self._pending = deque(pieces)
-        self._helpers = 0
-        self._idle = threading.Condition()
+        self.pieces = deque(pieces)  # nobody has taken these; popleft is atomic, so taking one needs no lock
+        self.ahead = ahead
+        self.unread = len(pieces)  # pieces that have not landed
+        self.helpers = 0  # that read one of its pieces now
+        self.landed = 0  # bytes
+        self.landed_at = 0.0
+        self.transfer: Transfer | None = None  # on the emulated device
+        self.finished = not pieces  # its bytes and seconds are counted
+        self.gave_up = False  # it failed or was cancelled
+        self._reader = reader
 
-    def drain(self, read_piece: Callable[[_Piece], None]) -> None:
-        """Take and read pieces until none is left."""
-        while True:
-            try:
-                piece = self._pending.popleft()  # atomic, so this needs no lock
-            except IndexError:
-                return
-            read_piece(piece)
+    def wait(self) -> None:
+        """Return when all bytes have landed, helping until then; a batch started ahead is now a demand.
 
-    def help(self, read_piece: Callable[[_Piece], None]) -> None:
-        """`drain` on another thread; a failure is kept for the calling thread."""
-        with self._idle:
-            self._helpers += 1
-        try:
-            self.drain(read_piece)
-        except BaseException as error:
-            self.stop(error)
-        finally:
-            with self._idle:
-                self._helpers -= 1
-                self._idle.notify_all()
+        On the first failure the pieces that nobody has begun are dropped. ReadError, as KeyboardInterrupt, leaves this
+        call only when every helper is done with this batch: no byte lands after it. The views then hold an unknown mix
+        of old and new bytes, and the counter of bytes is unchanged. Waiting again after success does nothing.
+        """
+        self._reader._wait(self)
+
+    def cancel(self) -> None:
+        """Drop the pieces that nobody has begun and wait for the others: no byte lands after this call.
+
+        Raises nothing about the reads; the views hold an unknown mix of old and new bytes. What had arrived by then
+        counts as read.
+        """
+        self._reader._cancel(self)
 
     def stop(self, failure: BaseException) -> None:
         """Discard the pieces nobody has taken. Of several failures the first counts, or an interrupt."""
-        self._pending.clear()
+        self.pieces.clear()
+        self.gave_up, self.landed_at = True, time.perf_counter()
         if self.failure is None or not isinstance(failure, Exception):
             self.failure = failure
 
-    def wait(self) -> None:
-        """Return when no helper is reading. Nothing may be pending: a helper that starts later finds no work."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._helpers)
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is left that could still land (but for the piece of a caller who is waiting)."""
+        return not self.pieces and not self.helpers
 
 
 class ExpertReader:
     """Reads byte ranges of a fixed list of shards into memory that the caller owns.
 
-    `threads` reads are in flight at once: the calling thread's and those of a small pool. Calls from several
-    threads take turns. Raises ReadError if a shard cannot be opened.
+    At most `threads` helpers and one waiting caller read at once. Helpers take pieces of demand batches first, so an
+    ahead batch delays a demand by one (small) piece per helper at most. Callers of `wait` take turns.
+    Raises ReadError if a shard cannot be opened.
+
+    bytes_read: of the batches that arrived. read_seconds: wall time during which some batch was under way.
+    wait_seconds: wall time that callers spent waiting.
     """
 
     def __init__(
@@ -117,10 +128,10 @@ class ExpertReader:
         flash: EmulatedFlash | None = None,
     ) -> None:
         self.bytes_read = 0
-        self.read_seconds = 0.0
+        self.wait_seconds = 0.0
+        self._read_seconds = 0.0
         self._shards = tuple(shards)
         self._threads = max(1, threads)
-        self._flash = flash
         try:
             opened = open_shards(self._shards, direct=direct_io)
         except OSError as error:
@@ -141,38 +152,50 @@ class ExpertReader:
                 self._bounces.put(bounce)
         self.host_buffer_bytes = self._arena.nbytes if self._arena is not None else 0
         self._pool: ThreadPoolExecutor | None = None
-        self._one_call = threading.Lock()
+        self._turn = threading.Lock()  # of callers who wait
+        # Guards all below and the counters of batches. Taken as a plain lock, whose `with` no Ctrl-C can cut in two.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._demand: list[Pending] = []
+        self._ahead: list[Pending] = []
+        self._working = 0  # helpers that will look for a piece again
+        self._under_way: list[Pending] = []
+        self._busy_since = self._busy_until = 0.0
+        grain = self._threads * min(self._piece_bytes, AHEAD_PIECE_BYTES)
+        self._flash = FlashQueue(flash, grain) if flash is not None else None
         self._closed = False
         # Descriptors are plain numbers: without this a forgotten reader would leak them.
         self._close_descriptors = weakref.finalize(self, _close_all, self._descriptors)
 
-    def read(self, requests: Sequence[ReadRequest]) -> None:
-        """Fill the view of every request; returns when all bytes have landed.
+    @property
+    def read_seconds(self) -> float:
+        with self._lock:
+            self._account()
+            return self._read_seconds + (time.perf_counter() - self._busy_since if self._under_way else 0.0)
 
-        On the first failure the pieces still queued are dropped. ReadError, as KeyboardInterrupt, leaves this
-        call only when every helper is idle: no byte lands after it. The views then hold an unknown mix of old
-        and new bytes, the counter of bytes is unchanged, and the call may be repeated.
+    def read(self, requests: Sequence[ReadRequest]) -> None:
+        """Fill the view of every request; returns when all bytes have landed. Failures are those of `Pending.wait`."""
+        self._start(requests, ahead=False, joining=True).wait()
+
+    def start(self, requests: Sequence[ReadRequest], *, ahead: bool = False) -> Pending:
+        """Begin to fill the view of every request on helper threads and return at once.
+
+        ahead: nobody needs it yet, so it gives way to batches that somebody needs. Raises ReadError if the reader is
+        closed.
         """
-        with self._one_call:
-            if self._closed:
-                raise ReadError("the reader is closed; open the model again to read its experts")
-            started = time.perf_counter()
-            try:
-                pieces = _split(requests, self._piece_bytes)
-                nbytes = sum(piece.nbytes for piece in pieces)
-                if pieces:
-                    self._read_pieces(pieces, nbytes)
-                    if self._flash is not None:
-                        least = self._flash.latency_seconds + nbytes / self._flash.bytes_per_second
-                        time.sleep(max(0.0, started + least - time.perf_counter()))
-                    self.bytes_read += nbytes
-            finally:
-                self.read_seconds += time.perf_counter() - started
+        return self._start(requests, ahead=ahead, joining=False)
 
     def close(self) -> None:
-        """Stop the helpers and close the shards; waits for a running `read()`. Closing again does nothing."""
-        with self._one_call:
-            self._closed = True
+        """Drop what nobody waits for, stop the helpers and close the shards; waits for a running `wait()`.
+
+        Closing again does nothing.
+        """
+        with self._turn:
+            with self._lock:
+                self._closed = True
+                for batch in (*self._demand, *self._ahead):
+                    if batch.pieces:
+                        batch.stop(ReadError(CLOSED))
             if self._pool is not None:
                 self._pool.shutdown(wait=True)
                 self._pool = None
@@ -190,23 +213,61 @@ class ExpertReader:
     ) -> None:
         self.close()
 
-    def _read_pieces(self, pieces: list[_Piece], nbytes: int) -> None:
-        helpers = min(self._threads, len(pieces)) - 1
-        if self._arena is None and nbytes <= INLINE_BYTES:
-            helpers = 0
-        batch = _Batch(pieces)
-        started = False
-        while True:
-            try:
-                if not started:
-                    started = True
-                    self._start_helpers(batch, helpers)
-                    batch.drain(self._read_piece)
-                batch.wait()
-                break
-            except BaseException as error:
-                # However often Ctrl-C is pressed, wait for the helpers: they write into the caller's memory.
-                batch.stop(error)
+    # ---- batches ----
+
+    def _start(self, requests: Sequence[ReadRequest], *, ahead: bool, joining: bool) -> Pending:
+        """joining: the caller waits at once, so one helper fewer is wanted."""
+        most = min(self._piece_bytes, AHEAD_PIECE_BYTES) if ahead else self._piece_bytes
+        batch = Pending(self, _split(requests, most), ahead=ahead)
+        helpers = min(self._threads, batch.unread) - joining
+        if self._arena is None and batch.nbytes <= INLINE_BYTES:
+            helpers = min(helpers, 1 - joining)
+        try:
+            with self._lock:
+                if self._closed:
+                    raise ReadError(CLOSED)
+                if batch.finished:
+                    return batch
+                self._account()
+                if not self._under_way:
+                    self._busy_since = self._busy_until = batch.started
+                if self._flash is not None:
+                    batch.transfer = self._flash.add(batch.started, batch.nbytes, ahead=ahead)
+                self._under_way.append(batch)
+                (self._ahead if ahead else self._demand).append(batch)
+                helpers -= self._working
+                if helpers > 0 and self._pool is None:
+                    self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-reader")
+            for _ in range(helpers):
+                assert self._pool is not None
+                self._pool.submit(self._help)
+        except BaseException as error:
+            self._settle(batch, error)
+            self._finish(batch)
+            raise
+        return batch
+
+    def _wait(self, batch: Pending) -> None:
+        if batch.gave_up and batch.failure is None:
+            raise ReadError("these reads were given up before, so their bytes never arrived; start them again")
+        started = time.perf_counter()
+        try:
+            with self._turn:
+                if batch.ahead:
+                    self._promote(batch)
+                if self._working < self._threads:
+                    self._drain(batch)
+                with self._lock:
+                    self._changed.wait_for(lambda: batch.is_idle)
+                if batch.failure is None:
+                    self._sleep_until_delivered(batch)
+        except BaseException as error:
+            self._settle(batch, error)
+        finally:
+            self._finish(batch)
+            waited = time.perf_counter() - started
+            batch.wait_seconds += waited
+            self.wait_seconds += waited
         failure, batch.failure = batch.failure, None
         if failure is not None:
             try:
@@ -215,14 +276,148 @@ class ExpertReader:
                 # Its traceback holds this frame and the batch: a cycle would keep the caller's memory alive.
                 del failure
 
-    def _start_helpers(self, batch: _Batch, count: int) -> None:
-        if count == 0:
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="expert-reader")
-        for _ in range(count):
-            self._pool.submit(batch.help, self._read_piece)
+    def _cancel(self, batch: Pending) -> None:
+        with self._lock:
+            if batch.finished:
+                return
+            batch.pieces.clear()
+            batch.gave_up, batch.landed_at = True, time.perf_counter()
+        try:
+            with self._lock:
+                self._changed.wait_for(lambda: batch.is_idle)
+                if self._flash is not None and batch.transfer is not None:
+                    saved = self._flash.cancel(time.perf_counter(), batch.transfer)
+                    batch.landed = min(batch.landed, round(batch.nbytes - self._flash.bytes_in(saved)))
+            self._sleep_until_delivered(batch)
+        except BaseException as error:
+            self._settle(batch, error)
+            raise
+        finally:
+            self._finish(batch)
 
+    def _settle(self, batch: Pending, error: BaseException) -> None:
+        """Give a batch up. However often Ctrl-C is pressed, wait for its helpers: the memory is the caller's."""
+        while True:
+            try:
+                batch.stop(error)
+                with self._lock:
+                    self._changed.wait_for(lambda: batch.is_idle)
+                return
+            except BaseException as another:
+                error = another
+
+    def _promote(self, batch: Pending) -> None:
+        with self._lock:
+            batch.ahead = False
+            if batch in self._ahead:
+                self._ahead.remove(batch)
+                self._demand.append(batch)
+            if self._flash is not None and batch.transfer is not None:
+                self._flash.promote(batch.transfer)
+
+    def _help(self) -> None:
+        """What a helper does: piece after piece, demand first, until none is left."""
+        with self._lock:
+            self._working += 1
+        while (taken := self._take()) is not None:
+            batch, piece = taken
+            failure: BaseException | None = None
+            try:
+                self._read_piece(piece)
+            except BaseException as error:
+                failure = error
+            with self._lock:
+                batch.helpers -= 1
+                self._landed(batch, piece, failure)
+                if batch.is_idle:
+                    self._changed.notify_all()
+            # An idle frame must not keep the memory of the caller.
+            del taken, batch, piece, failure
+
+    def _take(self) -> tuple[Pending, _Piece] | None:
+        with self._lock:
+            for queue in (self._demand, self._ahead):
+                while queue:
+                    batch = queue[0]
+                    try:
+                        piece = batch.pieces.popleft()
+                    except IndexError:
+                        queue.pop(0)
+                        continue
+                    batch.helpers += 1
+                    return batch, piece
+            self._working -= 1  # in the same locked section, so that nobody counts on this helper in vain
+            return None
+
+    def _drain(self, batch: Pending) -> None:
+        """Read pieces of `batch` on the calling thread until none is left."""
+        while True:
+            try:
+                piece = batch.pieces.popleft()
+            except IndexError:
+                return
+            self._read_piece(piece)
+            with self._lock:
+                self._landed(batch, piece, None)
+
+    def _landed(self, batch: Pending, piece: _Piece, failure: BaseException | None) -> None:
+        batch.landed_at = time.perf_counter()
+        if failure is not None:
+            batch.stop(failure)
+        else:
+            batch.unread -= 1
+            batch.landed += piece.nbytes
+
+    # ---- counting and emulation ----
+
+    def _finish(self, batch: Pending) -> None:
+        """Nobody waits for `batch` any more, and nothing of it will land."""
+        with self._lock:
+            if batch.failure is not None and self._flash is not None and batch.transfer is not None:
+                self._flash.cancel(time.perf_counter(), batch.transfer)
+                batch.transfer = None
+            for queue in (self._demand, self._ahead):
+                if batch in queue:
+                    queue.remove(batch)
+            self._account()
+
+    def _account(self) -> None:
+        """Count the batches that ended. The lock is held."""
+        if not self._under_way:
+            return
+        now = time.perf_counter()
+        if self._flash is not None:
+            self._flash.advance(now)
+        for batch in tuple(self._under_way):
+            if batch.unread and not (batch.gave_up and batch.is_idle):
+                continue
+            end = batch.landed_at
+            if batch.transfer is not None:
+                if batch.transfer.ended is None:
+                    continue
+                end = max(end, batch.transfer.ended)
+            self._under_way.remove(batch)
+            batch.finished = True
+            self._busy_until = max(self._busy_until, end)
+            batch.read_seconds = end - batch.started
+            if batch.failure is None:
+                batch.bytes_read = batch.landed
+                self.bytes_read += batch.landed
+        if not self._under_way:
+            self._read_seconds += self._busy_until - self._busy_since
+
+    def _sleep_until_delivered(self, batch: Pending) -> None:
+        """Until the emulated device has delivered `batch`; other batches may come in between."""
+        if self._flash is None or batch.transfer is None:
+            return
+        while True:
+            with self._lock:
+                left = self._flash.end_of(batch.transfer) - time.perf_counter()
+            if left <= 0:
+                return
+            time.sleep(left)
+
+    # ---- one piece ----
     def _read_piece(self, piece: _Piece) -> None:
         descriptor = self._descriptors[piece.shard]
         try:
