@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from .checkpoints.expert_layout import ComponentSpec, LayerExtents
 from .checkpoints.reader import ExpertReader, ReadRequest
@@ -21,6 +22,9 @@ from .routing import Original, RunningRange, Strategy
 from .seam import SelectionSeam
 from .slots import SlotPool
 from .stats import CacheStats, Phase, PhaseStats
+
+if TYPE_CHECKING:
+    from .optimistic import Optimist
 
 FILL_BATCH = 16  # experts per read while a layer is filled: enough to keep all threads busy
 
@@ -67,6 +71,7 @@ class ExpertCache:
         self.observers: tuple[Observer, ...] = ()
         self.overlaps = True  # compute what is there while the rest is read, where that pays
         self.pace = ReadPace()
+        self.optimist: Optimist | None = None  # set by loading
         self.listener: UsageListener | None = None
         self.choose_strategy: Callable[[Strategy | str], Strategy] | None = None  # set by loading; see set_strategy
         self.plan_slots: Callable[[str | int], list[int]] | None = None  # memory -> slots per layer, set by loading

@@ -28,8 +28,10 @@ from .expert_cache import ExpertCache, LayerExperts
 from .footprint import KVOptions
 from .lazy_model import build_lazily, one_line
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
+from .optimistic import Optimist
 from .pressure import system_pressure
 from .routing import Original, Strategy, parse_routing
+from .span import SpanChooser
 
 LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"  # what transformers calls it
 DEFAULT_MAX_CONTEXT = 4096  # tokens of KV cache that are reserved where the need is not known
@@ -219,6 +221,8 @@ class OpenedModel:
         except BaseException:
             reader.close()
             raise
+        chooser = SpanChooser(len(layers), system.host_read_seconds())
+        expert_cache.optimist = Optimist(self.model.layers, self.blocks, expert_cache, chooser)
         self.model.expert_cache = expert_cache
         self.model.memory_plan = plan
         self.model.elastic_slots = self._elastic_slots(stages, expert_cache) if stages else None

@@ -22,6 +22,7 @@ from .checkpoints.expert_layout import ComponentSpec
 from .errors import UnsupportedModelError
 from .expert_cache import ExpertCache, LayerExperts
 from .observer import RoutedCall, Scores
+from .optimistic import Optimist, Unchecked
 from .residents import Load, Wave
 from .routing import Original, RunningRange, probabilities
 from .seam import SelectionSeam, find_owner
@@ -57,6 +58,7 @@ class MoeBlock:
         self._testable = around if takes_x else owner
         self._run: Switch = self._probe
         self._mask: tuple[int, mx.array] | None = None
+        self._table: tuple[int, mx.array] | None = None
         self._strip()
         self._install()
 
@@ -124,6 +126,11 @@ class MoeBlock:
 
     def _partly_resident(self, x: mx.array, indices: mx.array, rows: int, seen: PhaseStats) -> mx.array:
         layer, cache = self.layer, self.cache
+        optimist = cache.optimist
+        if optimist is not None and rows == 1:
+            if optimist.records:
+                return self._unchecked(x, indices, optimist)
+            optimist.run += 1
         ids, scores, swapped = self._read_host(indices.reshape(rows, -1), seen)
         uses = _uses(ids, scores, self.num_experts)
         needed = [e for e, _ in uses]
@@ -143,9 +150,46 @@ class MoeBlock:
         seen.misses += misses
         seen.hits += selections - misses
         seen.swapped += swapped
+        if optimist is not None:
+            optimist.missed += bool(missed)
         if cache.listener is not None:
             cache.listener.used(self.number, cache.phase_of(rows), needed, missed)
         return y
+
+    def _unchecked(self, x: mx.array, indices: mx.array, optimist: Optimist) -> mx.array:
+        """One token with the experts that are in memory; whether it was right, the host sees later (optimistic.py)."""
+        optimist.run += 1
+        seen = self.seam.take() if self.seam is not None else None
+        ids = indices if seen is None or seen.selected is None else seen.selected.astype(mx.uint32)
+        ids = ids.reshape(1, -1)
+        arrays = [ids] if seen is None else [ids, mx.take_along_axis(seen.scores, ids, axis=-1)]
+        swapped = None if seen is None else seen.swapped
+        earlier = self.layer.pool.take_unfenced()
+        if seen is not None and seen.mean_range is not None:
+            earlier.append(seen.mean_range)
+        arrays += [] if swapped is None else [swapped]
+        optimist.record(Unchecked(self, arrays, earlier, seen is not None, swapped is not None))
+        y = self._upstream(x, mx.take(self._slot_table(), indices))
+        self.layer.pool.track(y)
+        return y
+
+    def commit(self, chose: Unchecked) -> None:
+        """A layer that ran unchecked had all of its experts: account for it as if the host had looked at once."""
+        uses = _uses(chose.ids, chose.scores, self.num_experts)
+        self.layer.residents.touch(uses)
+        self.cache.count(self.layer, 1, PhaseStats(len(uses), len(uses), swapped=chose.swapped))
+        if self.cache.listener is not None:
+            self.cache.listener.used(self.number, self.cache.phase_of(1), [e for e, _ in uses], [])
+
+    def _slot_table(self) -> mx.array:
+        """[E] slot numbers on the device, 0 for experts that are not in memory; kept until the residents change."""
+        residents = self.layer.residents
+        if self._table is None or self._table[0] != residents.version:
+            table = np.zeros(self.num_experts, dtype=np.uint32)
+            for e in residents.experts:
+                table[e] = residents.slot_of(e)
+            self._table = (residents.version, mx.array(table))
+        return self._table[1]
 
     def _one_token(
         self, x: mx.array, shape: Sequence[int], experts: Sequence[int], loads: Sequence[Load], stats: PhaseStats
@@ -185,6 +229,9 @@ class MoeBlock:
         in a generation loop, where the indices depend on them anyway.
         """
         seen = self.seam.take() if self.seam is not None else None
+        known = self.cache.optimist.known.get(id(self)) if self.cache.optimist is not None else None
+        if known is not None:
+            return known.ids, known.scores, known.swapped
         earlier = self.layer.pool.take_unfenced()
         stats.host_reads += 1
         if seen is None:

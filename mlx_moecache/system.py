@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 RUSAGE_INFO_V2, RUSAGE_INFO_V4 = 2, 4  # <sys/resource.h>; both structs are a uuid of 16 bytes and then uint64
 FOOTPRINT, PEAK_FOOTPRINT = 7, 28  # which of these are ri_phys_footprint and ri_lifetime_max_phys_footprint
@@ -163,6 +166,18 @@ def _mac_available() -> int | None:
         return None
     pages = info[FREE] + info[INACTIVE] + info[PURGEABLE]
     return None if failed else pages * int(os.sysconf("SC_PAGE_SIZE"))
+
+
+def host_read_seconds(repeats: int = 15) -> float:
+    """Seconds from starting a tiny operation to its result on the host (median): what each look at the device costs."""
+    x, seconds = mx.zeros(8), []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        x = x + 1
+        mx.eval(x)
+        np.array(x)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def limit_buffer_cache() -> None:
