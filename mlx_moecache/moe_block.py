@@ -117,7 +117,7 @@ class MoeBlock:
         if layer.residents.is_complete:
             if cache.observers:
                 self._read_host(indices.reshape(rows, k), PhaseStats())
-            return self._upstream(x, indices) if indices.size < WAVE_ROWS else self._in_two_steps(x, indices)
+            return self._upstream(x, indices) if rows == 1 else self._in_two_steps(x, indices)
         seen = PhaseStats()
         try:
             return self._partly_resident(x, indices, rows, seen)
@@ -210,14 +210,14 @@ class MoeBlock:
             hits = self._upstream(x, self._slots([experts[i] for i in early], [*shape[:-1], len(early)]))
             mx.async_eval(hits)  # type: ignore[no-untyped-call]
         misses = self._upstream(x, self._slots([experts[i] for i in late], [*shape[:-1], len(late)]))
-        place = np.argsort(np.array(early + late)).astype(np.uint32)
-        return mx.take(mx.concatenate([hits, misses], axis=-2), mx.array(place), axis=-2)
+        place = sorted(range(len(experts)), key=(early + late).__getitem__)
+        return mx.take(mx.concatenate([hits, misses], axis=-2), mx.array(place, dtype=mx.uint32), axis=-2)
 
     def _slots(self, experts: Sequence[int], shape: Sequence[int]) -> mx.array:
         """Slot numbers of `experts` as [.., K]; those that compute nothing have weight 0, so any slot will do."""
         residents = self.layer.residents
         slots = [residents.slot_of(e) if e < self.num_experts else 0 for e in experts]
-        return mx.array(np.array(slots, dtype=np.uint32).reshape(shape))
+        return mx.array(slots, dtype=mx.uint32).reshape(tuple(shape))
 
     def _read_host(
         self, indices: mx.array, stats: PhaseStats
@@ -262,7 +262,7 @@ class MoeBlock:
             observer.observe(RoutedCall(self.number, phase, z, p, own.astype(np.int64), used.astype(np.int64)))
 
     def _in_two_steps(self, x: mx.array, indices: mx.array) -> mx.array:
-        """All experts are resident and the chunk is long: what precedes the experts, then the experts, evaluated.
+        """All experts are resident and there are several tokens: what precedes the experts, then the experts, evaluated.
 
         In one lazy graph MLX allocates far ahead of what it computes, so that arrays of several layers would coexist.
         """
@@ -316,9 +316,8 @@ class MoeBlock:
             return None
         residents = self.layer.residents
         if self._mask is None or self._mask[0] != residents.version:
-            mask = np.zeros(self.num_experts, dtype=np.float32)
-            mask[list(residents.experts)] = 1.0
-            self._mask = (residents.version, mx.array(mask))
+            buffer: Any = memoryview(residents.mask)  # the stubs do not tell that this works
+            self._mask = (residents.version, mx.array(buffer))
         return self._mask[1]
 
     def _adopt_pool(self) -> None:
@@ -437,6 +436,11 @@ def _uses(
     Tokens count in their order; within a token the experts are touched from the highest score to the lowest (equal
     scores: lower number first), as the paper's author does, so the best expert of a token is the oldest of its k.
     """
+    if len(ids) == 1:  # one token: NumPy's fixed costs would be ten times the work
+        row: list[int] = ids[0].tolist()
+        if scores is not None:
+            row = [e for _, e in sorted(zip((-scores[0]).tolist(), row, strict=True))]
+        return [(e, 1) for e in row if e < num_experts]
     if scores is not None:
         order = np.lexsort((ids, -scores), axis=-1)
         ids = np.take_along_axis(ids, order, axis=-1)

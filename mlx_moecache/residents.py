@@ -5,6 +5,7 @@ Planning changes nothing; `publish` and `drop` do. So a read that fails between 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Residents:
     def __init__(self, num_experts: int, capacity: int, eviction: str) -> None:
         self.num_experts, self.capacity, self.eviction = num_experts, capacity, eviction
         self.version = 0  # changes whenever the set of resident experts does
+        self.mask = array("f", bytes(4 * num_experts))  # [E], 1.0 for residents: kept, since scanning all costs O(E)
         self._slot_of: dict[int, int] = {}
         self._free = _stack(range(capacity))
         self._policy = make_policy(eviction)
@@ -150,10 +152,12 @@ class Residents:
         for x in loads:
             if x.victim is not None:
                 del self._slot_of[x.victim]
+                self.mask[x.victim] = 0.0
                 self._policy.remove(x.victim)
             else:
                 del self._free[x.slot]
             self._slot_of[x.expert] = x.slot
+            self.mask[x.expert] = 1.0
             self._policy.insert(x.expert)
         self.version += bool(loads)
 
@@ -161,6 +165,7 @@ class Residents:
         """The bytes of a resident expert are lost: its slot is free."""
         self._free[self._slot_of.pop(expert)] = None
         self._policy.remove(expert)
+        self.mask[expert] = 0.0
         self.version += 1
 
     def touch(self, uses: Sequence[tuple[int, int]], tokens: int = 1) -> None:
@@ -188,6 +193,7 @@ class Residents:
     def clear(self) -> None:
         """Forget all residents and their history."""
         self._slot_of.clear()
+        self.mask = array("f", bytes(4 * self.num_experts))
         self._free = _stack(range(self.capacity))
         self._policy = make_policy(self.eviction)
         self.version += 1
@@ -203,6 +209,7 @@ class Residents:
         moves, slot_of = {}, {}
         for expert in order[:-capacity]:
             self._policy.remove(expert)
+            self.mask[expert] = 0.0
         for i, expert in enumerate(order[-capacity:]):
             slot_of[expert] = expert if whole else i
             moves[self._slot_of[expert]] = slot_of[expert]
