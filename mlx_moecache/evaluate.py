@@ -25,6 +25,8 @@ from .study.evaluation_progress import EvaluationProgress
 from .study.result_metrics import Unit
 from .study.result_table import heading, table
 from .study.results import Results, Run, as_json, load
+from .study.subject_table import subject_table, subjects_json
+from .study.tasks_mmlu import MmluDocument
 from .study.text_windows import WINDOW
 
 if TYPE_CHECKING:
@@ -54,7 +56,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_device_arguments(parser)
     group = parser.add_argument_group("strategies and cache")
     group.add_argument(
         "--routing",
@@ -82,12 +83,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data, settings and output: all but the strategies and their caches. Shared with sweep."""
-    parser.set_defaults(device=None, flash=None, flash_latency=None)  # a sweep emulates no device
     arguments.add_model_position(parser)
     parser.add_argument("--memory", metavar="SIZE", help="budget, as for generate; more is faster (default: auto)")
     parser.add_argument(
         "--direct-io", action="store_true", help="read experts past the system's page cache (default: through it)"
     )
+    add_device_arguments(parser)
     group = parser.add_argument_group("data")
     tasks = "; ".join(f"{name}: {data}" for name, data in TASKS.items())
     group.add_argument(
@@ -172,10 +173,7 @@ def _evaluate(argv: list[str]) -> int:
     check_device(args)
     specs = split_specs(args.routing or DEFAULT_ROUTING)
     session = open_session(args)
-    emulated = EmulatedRun(emulation_of(args))
-    if emulated.limits:
-        # What the process holds by now counts as interpreter and libraries, the texts among it.
-        session.options = replace(session.options, memory=emulated.budget, direct_io=True, fit_slots=True)
+    emulated = emulate(args, session)
     with emulated.explained():
         runs = [session.plan(s, slots=args.slots, eviction=args.eviction) for s in specs]
         return measure_and_report(args, session, list({id(r): r for r in runs}.values()), emulated)
@@ -233,6 +231,15 @@ def open_session(args: argparse.Namespace) -> Session:
     return session
 
 
+def emulate(args: argparse.Namespace, session: Session) -> EmulatedRun:
+    """The device or flash that the flags name; a device's limit becomes the session's budget. Raises BudgetError."""
+    emulated = EmulatedRun(emulation_of(args))
+    if emulated.limits:
+        # What the process holds by now counts as interpreter and libraries, the texts among it.
+        session.options = replace(session.options, memory=emulated.budget, direct_io=True, fit_slots=True)
+    return emulated
+
+
 def measure_and_report(args: argparse.Namespace, session: Session, runs: Sequence[Run], emulated: EmulatedRun) -> int:
     """Measure what is missing of `runs`, save it to --output now and then, and print all of it; the exit code."""
     results = session.results
@@ -251,13 +258,18 @@ def measure_and_report(args: argparse.Namespace, session: Session, runs: Sequenc
             session.measure(runs, count)
     except KeyboardInterrupt:
         interrupted = True
+    of_subjects = [d for d in session.material.choices if isinstance(d, MmluDocument)]
     if args.json:
         facts = as_json(results)
         facts |= {} if emulation is None else {"emulation": emulation.as_json()}
+        for described, run in zip(facts["runs"], results.runs, strict=True):
+            described |= {"subjects": subjects_json(run, of_subjects)} if of_subjects else {}
         print(json.dumps(facts, allow_nan=False), flush=True)
     elif any(r.units for r in runs):
         width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
         lines = [*heading(results), *table(results.model, runs, width)]
+        by_subject = subject_table(runs, of_subjects, width)
+        lines += ["", *by_subject] if by_subject else []
         print("\n".join(lines), flush=True)
         write_notes(() if emulation is None else emulation.lines(), sys.stderr)
     if interrupted:

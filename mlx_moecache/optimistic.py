@@ -80,6 +80,7 @@ class Optimist:
         self, layers: Sequence[nn.Module], blocks: Sequence[MoeBlock], cache: ExpertCache, chooser: SpanChooser
     ) -> None:
         self.cache, self.chooser = cache, chooser
+        self.enabled = True  # False: every layer looks
         self.known: dict[int, Unchecked] = {}  # id of a block that runs again -> what it chose
         self.missed = self.run = 0  # layers, of the token that is under way
         self._last = len(layers) - 1
@@ -140,7 +141,7 @@ class Optimist:
         self._calls, self.known, self._recording = [], {}, False
         x = call.args[0] if call.args else None
         single = isinstance(x, mx.array) and x.shape[:2] == (1, 1) and self.cache.phase_of(1) == "decode"
-        self._on = single and self.cache.has_host_reads and not self.cache.observers
+        self._on = self.enabled and single and self.cache.has_host_reads and not self.cache.observers
         if not self._on:
             self._began = None
             return

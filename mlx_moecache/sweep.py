@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 
 from .console import arguments
 from .console.command import INTERRUPTED, run
-from .console.terminal import is_terminal
+from .console.emulated_run import EmulatedRun
+from .console.emulation import check_device
+from .console.terminal import is_terminal, write_notes
 from .errors import MoeCacheError, UsageError
-from .evaluate import add_evaluation_arguments, open_session
+from .evaluate import add_evaluation_arguments, emulate, open_session
 from .study.result_table import heading, table
 from .study.results import Results, Run, as_json
 from .study.sweep_progress import SweepProgress
 
 if TYPE_CHECKING:
     from .study.evaluation_session import Session
+    from .study.result_metrics import Unit
     from .study.sweep_grid import Family, GridRun
 
 EXAMPLES = """examples:
@@ -57,7 +60,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--slots",
         metavar="LIST",
-        help="experts per layer in memory, as numbers or shares: 15,30 or 25%%,50%% (default: 25%%,50%%,75%%)",
+        help="experts per layer in memory, as numbers or shares: 15,30 or 25%%,50%% (default: 25%%,50%%,75%%; with "
+        "--device, as many as fit)",
     )
     group.add_argument(
         "--eviction", default="lru", metavar="LIST", help="who gives up its slot, as in lru,decay:0.98 (default: lru)"
@@ -75,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(argv: list[str]) -> int:
     args = setup_arg_parser().parse_args(argv)
+    check_device(args)
     if args.output is None and not args.dry_run:
         raise UsageError("a sweep takes long, so it needs --output FILE to keep what it has measured")
     from .study.sweep_grid import check
@@ -83,13 +88,15 @@ def _sweep(argv: list[str]) -> int:
     args.routing = [x for r in args.routing for x in (_items(r, "--routing") if ":" not in r else [r])]
     check(args.routing, evictions)
     session = open_session(args)
-    blocks = _blocks(args, session, evictions)
-    planned = [[session.plan(r.strategy.spec, slots=r.slots, eviction=r.eviction) for r in block] for block in blocks]
-    if args.dry_run:
-        print("\n".join(_describe(blocks, planned, session.units)), flush=True)
-        return 0
-    interrupted = _measure(args, session, planned)
-    return _report(args, session.results, [r for block in planned for r in block], interrupted)
+    emulated = emulate(args, session)
+    with emulated.explained():
+        blocks = _blocks(args, session, evictions)
+        planned = [[session.plan(r.strategy.spec, slots=r.slots, eviction=r.eviction) for r in b] for b in blocks]
+        if args.dry_run:
+            print("\n".join(_describe(blocks, planned, session.units)), flush=True)
+            return 0
+        interrupted = _measure(args, session, planned, emulated)
+    return _report(args, session.results, [r for block in planned for r in block], interrupted, emulated)
 
 
 def _blocks(args: argparse.Namespace, session: Session, evictions: Sequence[str]) -> list[list[GridRun]]:
@@ -101,28 +108,45 @@ def _blocks(args: argparse.Namespace, session: Session, evictions: Sequence[str]
     for routing in args.routing:
         named = [f for f in defaults if f[0].partition(":")[0] == routing]  # a bare name
         families += named or expand(routing)
-    slots = default_slots(k=k, experts=experts) if args.slots is None else parse_slots(args.slots, experts)
+    if args.slots is not None:
+        slots = parse_slots(args.slots, experts)
+    else:
+        slots = [session.default_slots()] if args.device else default_slots(k=k, experts=experts)
     return make_grid(families, slots, evictions, k=k, experts=experts)
 
 
-def _measure(args: argparse.Namespace, session: Session, planned: Sequence[Sequence[Run]]) -> bool:
+def _measure(
+    args: argparse.Namespace, session: Session, planned: Sequence[Sequence[Run]], emulated: EmulatedRun
+) -> bool:
     """Measure block after block; the results file is written meanwhile. Returns whether the user stopped it."""
     runs = [r for block in planned for r in block]
+
+    def count(run: Run, unit: Unit) -> None:
+        progress.count(run, unit)
+        if session.loaded is not None:
+            emulated.check(session.loaded)
+
     try:
         with SweepProgress(session.results, runs, args.output, quiet=args.json) as progress:
             for block in planned:
                 with redirect_stdout(sys.stderr):  # model code that users trust may print
-                    session.measure(block, progress.count)
+                    session.measure(block, count)
     except KeyboardInterrupt:
         return True
     return False
 
 
-def _report(args: argparse.Namespace, results: Results, runs: Sequence[Run], interrupted: bool) -> int:
+def _report(
+    args: argparse.Namespace, results: Results, runs: Sequence[Run], interrupted: bool, emulated: EmulatedRun
+) -> int:
+    emulation = emulated.emulation
     if args.json:
-        print(json.dumps(as_json(results), allow_nan=False), flush=True)
+        facts = as_json(results)
+        facts |= {} if emulation is None else {"emulation": emulation.as_json()}
+        print(json.dumps(facts, allow_nan=False), flush=True)
     elif any(r.units for r in runs):
         print("\n".join(_tables(results, runs)), flush=True)
+        write_notes(() if emulation is None else emulation.lines(), sys.stderr)
     complete = sum(r.complete for r in runs)
     if interrupted:
         print(

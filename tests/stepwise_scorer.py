@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.moe_block import MoeBlock
 from mlx_moecache.routing import Strategy
+from mlx_moecache.stats import PhaseStats
 from mlx_moecache.study.recurrence import Counts, over_layers
 
 Ids = npt.NDArray[np.int32]
@@ -34,6 +35,7 @@ class StepwiseScorer:
             MemoryOptions(slots=slots, max_context=max_context), CacheOptions(routing=strategy, eviction=eviction)
         )
         self.cache = self.model.expert_cache
+        self.cache.optimist.enabled = False  # it would look at several layers at once
         self._layers = [_WatchedLayer(b) for b in opened.blocks]
 
     def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
@@ -101,8 +103,8 @@ class _WatchedLayer:
             self._z = np.array(seen.scores)[0]
             return seen
 
-        def watched_read(indices: mx.array) -> Any:
-            result = read_host(indices)
+        def watched_read(indices: mx.array, stats: PhaseStats) -> Any:
+            result = read_host(indices, stats)
             self._ids = result[0][0].tolist()
             return result
 

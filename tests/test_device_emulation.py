@@ -25,6 +25,7 @@ from mlx_moecache.errors import BudgetError
 from mlx_moecache.evaluate import main as evaluate
 from mlx_moecache.generate import main as generate
 from mlx_moecache.simulate import main as simulate
+from mlx_moecache.sweep import main as sweep
 
 STORY = "Tell me a story about a fox."
 MB = 10**6
@@ -37,6 +38,7 @@ import mlx.core as mx
 from mlx_moecache import devices, loading, system
 from mlx_moecache.evaluate import main as evaluate
 from mlx_moecache.generate import main as generate
+from mlx_moecache.sweep import main as sweep
 from mlx_moecache.console import options
 command, room, leak, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
 base = system.process_footprint()
@@ -55,7 +57,7 @@ def leaking(*args):
     return sample
 if leak != "none":
     options.sampler_of = leaking
-sys.exit({"generate": generate, "evaluate": evaluate}[command](argv))
+sys.exit({"generate": generate, "evaluate": evaluate, "sweep": sweep}[command](argv))
 """
 
 
@@ -229,7 +231,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-@pytest.mark.parametrize("command", [generate, evaluate])
+@pytest.mark.parametrize("command", [generate, evaluate, sweep])
 def test_flags_that_contradict_a_device_are_refused(command: Any, refused: Callable[..., str]) -> None:
     for flags, reason in (
         (["--device", "iphone-16-pro", "--memory", "4GB"], "--device iphone-16-pro and --memory: give one of them"),
@@ -263,6 +265,28 @@ def test_an_evaluation_on_a_device_takes_the_slots_that_it_has(large: Path, tmp_
     assert "emulated Test Phone · " in on_phone(*flags, command="evaluate").err
     refused = on_phone(*flags, command="evaluate", room=25 * MB)
     assert (refused.code, refused.out) == (2, "") and "error: Test Phone gives one app" in refused.err
+
+
+def test_a_sweep_on_a_device_takes_the_slots_that_it_has(large: Path, tmp_path: Path) -> None:
+    text, results = tmp_path / "text.txt", tmp_path / "results.json"
+    text.write_text("The fox ran over the hill and did not come back. " * 20)
+    flags = f"{large} --task text --data {text} --window 64 --limit 2 --device phone --output {results}".split()
+    flags += ["--routing", "cache-prior:strength=0.1,0.2"]
+    done = on_phone(*flags, "--json", command="sweep")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
+    assert facts["emulation"]["device"] == "phone"
+    assert len(facts["runs"]) == 3 and all(4 <= r["slots"] < 24 and r["complete"] for r in facts["runs"])
+    assert len({r["slots"] for r in facts["runs"]}) == 1
+    done = on_phone(*flags, "--dry-run", command="sweep", room=25 * MB)
+    assert (done.code, done.out) == (2, "") and "error: Test Phone gives one app" in done.err
+
+
+def test_a_sweep_says_which_flash_it_emulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("The fox ran over the hill and did not come back. " * 20)
+    flags = ["--task", "text", "--data", str(tmp_path / "text.txt"), "--window", "32", "--limit", "1", "--slots", "15"]
+    assert sweep([*flags, "--routing", "original", "--output", str(tmp_path / "r.json"), "--flash", "2GB/s"]) == 0
+    assert "emulated flash 2.00 GB/s" in capsys.readouterr().err.splitlines()
 
 
 def test_a_trace_is_replayed_with_the_flash_of_a_device(

@@ -37,7 +37,9 @@ from mlx_moecache.routing import CachePrior, Original, Strategy
 from mlx_moecache.simulate import main as simulate
 from mlx_moecache.study.recurrence import Counts
 from mlx_moecache.study.result_metrics import Unit
-from mlx_moecache.study.results import load
+from mlx_moecache.study.results import Run, load
+from mlx_moecache.study.subject_table import subject_table
+from mlx_moecache.study.tasks_mmlu import MmluDocument
 
 V = 4096
 STORY = (
@@ -441,6 +443,41 @@ def test_choices_are_read_once_per_question_and_judged(
     assert command(*argv, "--output", tmp_path / "r.json").out == done.out and fake.forwards == 10
     (tmp_path / "mmlu" / "test" / "foxes_test.csv").write_text("changed?,a,b,c,d,A\n")
     assert "data sha256" in command(*argv, "--output", tmp_path / "r.json").err
+
+
+def test_the_accuracy_of_each_subject_is_shown(
+    fake: type[FakeScorer], command: Callable[..., Done], tmp_path: Path
+) -> None:
+    argv = ["--task", "mmlu", "--data", write_mmlu(tmp_path / "mmlu"), "--shots", 1, "--slots", 20, "--limit", 5]
+    done = command(*argv, "--json")
+    runs = json.loads(done.out)["runs"]
+    assert [{s: x["n"] for s, x in r["subjects"].items()} for r in runs] == [{"foxes": 3, "gardens": 2}] * 2
+    for r in runs:
+        right = sum(round(x["n"] * x["accuracy"]) for x in r["subjects"].values())
+        assert right == sum(u["correct"] for u in r["units"])
+    lines = command(*argv).out.splitlines()
+    (head,) = (line for line in lines if line.startswith("accuracy %"))
+    foxes, gardens = lines[lines.index(head) + 1 :]
+    assert head.split()[2] == "n" and "original" in head and "cache-prior" in head
+    assert foxes.split()[:2] == ["foxes", "3"] and gardens.split()[:2] == ["gardens", "2"]
+    shown = f"{100 * runs[0]['subjects']['foxes']['accuracy']:.1f}"
+    assert foxes.split()[2] == shown
+
+
+def test_other_tasks_have_no_subjects(fake: type[FakeScorer], command: Callable[..., Done], text: list[object]) -> None:
+    assert all("subjects" not in r for r in json.loads(command(*text, "--json").out)["runs"])
+    assert "accuracy" not in command(*text).out
+
+
+def test_subjects_of_many_runs_come_below_each_other_where_the_terminal_is_narrow() -> None:
+    documents = [MmluDocument(i, "", (" A", " B"), 0, subject) for i, subject in enumerate(["foxes", "gardens"])]
+    units = [Unit(0, 1, correct=1), Unit(1, 1, correct=0)]
+    runs = [Run(f"cache-prior:strength=0.{i},j=2", "cache-prior", {}, 20, "lru", 2, units=units) for i in range(4)]
+    assert len(subject_table(runs, documents)) == 3
+    narrow = subject_table(runs, documents, 60)
+    assert len(narrow) == 12 and max(map(len, narrow)) <= 60
+    assert narrow[1].split() == ["foxes", "1", "100.0"] and narrow[2].split() == ["gardens", "1", "0.0"]
+    assert subject_table([], documents) == []
 
 
 def test_replies_are_generated_with_a_real_cache_and_continued(

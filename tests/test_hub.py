@@ -69,6 +69,11 @@ SHARDED: dict[str, bytes] = {
 }
 UNWANTED: dict[str, bytes] = {"README.md": b"# card", "pytorch_model.bin": b"old", "model.gguf": b"other"}
 SMALL: dict[str, bytes] = {"config.json": b'{"small": 1}', "model.safetensors": b"weights"}
+REPACKED: dict[str, bytes] = {
+    **SMALL,
+    "experts.safetensors.index.json": b'{"format": "mlx_moecache.experts"}',
+    "experts-00001-of-00001.safetensors": shard(3 << 40, 50_000),
+}
 OTHER: dict[str, bytes] = {"config.json": b'{"small": 2}', "model.safetensors": b"other weights"}
 
 
@@ -343,6 +348,21 @@ def test_a_repo_is_downloaded_without_the_files_that_are_not_needed(hub: FakeHub
     assert output.stderr == ""
     asked = {r.path.rsplit("/", 1)[-1] for r in hub.requests if not r.path.startswith("/api/")}
     assert asked == set(SHARDED)
+
+
+def test_a_repacked_copy_comes_with_its_expert_shards(hub: FakeHub, home: Path, tmp_path: Path) -> None:
+    hub.repos["org/repacked"] = {"main": {**REPACKED, **UNWANTED}}
+    env = environment(hub.url, home)
+    first = resolve(env, tmp_path, "org/repacked")
+    assert first.files() == REPACKED
+    hub.forget_requests()
+    assert resolve(env, tmp_path, "org/repacked") == first and hub.downloads() == []
+    assert resolve({**env, "HF_HUB_OFFLINE": "1"}, tmp_path, "org/repacked") == first
+
+
+def test_expert_shards_are_left_where_no_manifest_says_what_they_are(hub: FakeHub, home: Path, tmp_path: Path) -> None:
+    hub.repos["org/foreign"] = {"main": {**SMALL, "experts-00001-of-00001.safetensors": b"what is this"}}
+    assert resolve(environment(hub.url, home), tmp_path, "org/foreign").files() == SMALL
 
 
 def test_a_second_run_downloads_nothing(hub: FakeHub, home: Path, tmp_path: Path) -> None:

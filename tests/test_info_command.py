@@ -33,6 +33,7 @@ from mlx_moecache.console.memory_table import _round_sizes
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.info import main
 from mlx_moecache.loading import MemoryOptions, OpenedModel
+from mlx_moecache.repack import main as repack
 
 FORMAT_KEYS = {"mode", "bits", "group_size", "dtype", "weights"}
 
@@ -450,6 +451,17 @@ def test_a_long_header_is_fetched_whole_and_from_every_shard(
     assert of_the_model(facts) == of_the_model(command(str(folder), "--json").facts())
     for shard in SHARDS:
         assert hub.sent[shard] == FIRST_BYTES + int.from_bytes(files[shard][:8], "little")
+
+
+def test_of_a_repacked_copy_the_headers_of_the_expert_shards_are_fetched(
+    hub: FakeHub, client: Client, command: Run, tmp_path: Path
+) -> None:
+    assert repack(["demo", str(tmp_path / "copy")]) == 0
+    command()  # drops what repack printed
+    hub.repos["org/copy"] = {"main": contents(tmp_path / "copy")}
+    facts = client("org/copy", "--json").facts()
+    assert of_the_model(facts) == of_the_model(command(str(tmp_path / "copy"), "--json").facts())
+    assert not list(client.home.glob("**/models--org--copy/**/*.safetensors"))
 
 
 def test_a_revision_is_respected_and_a_branch_that_moved_is_seen(hub: FakeHub, client: Client, tmp_path: Path) -> None:

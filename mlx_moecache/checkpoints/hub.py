@@ -13,11 +13,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_moecache.checkpoints.expert_major import MANIFEST_NAME
 from mlx_moecache.errors import HubError, UsageError
 
 # The files mlx-lm fetches. The two lists must stay equal: a snapshot made by one of them then counts as
@@ -33,6 +34,8 @@ MODEL_FILES = (
     "*.jsonl",
     "*.jinja",
 )
+# Fetched only where a manifest (one of "*.json") says that the repo is a repacked copy, so that no other is affected.
+EXPERT_SHARDS = "experts-*.safetensors"
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?:{_NAME}/)?{_NAME}")
@@ -117,24 +120,32 @@ def _check_repo_id(name: str) -> None:
 
 def _download(repo_id: str, revision: str | None, progress: bool) -> Path:
     """Fetch the missing files of `repo_id` and return the snapshot folder."""
+    show_bars = progress and sys.stderr is not None and sys.stderr.isatty()
+    folder = _fetch(repo_id, revision, MODEL_FILES, show_bars)
+    if not (folder / "config.json").is_file():
+        raise HubError(no_config(repo_id, revision))
+    if not any(folder.glob("model*.safetensors")):
+        raise HubError(no_shards(repo_id, revision))
+    if (folder / MANIFEST_NAME).is_file():
+        # All patterns again: should the branch have moved meanwhile, this is one commit nevertheless.
+        folder = _fetch(repo_id, revision, (*MODEL_FILES, EXPERT_SHARDS), show_bars)
+    return folder
+
+
+def _fetch(repo_id: str, revision: str | None, patterns: Sequence[str], show_bars: bool) -> Path:
+    """The snapshot folder with the files of these patterns in it."""
     import huggingface_hub  # slow to import, and not needed for a local folder
 
-    show_bars = progress and sys.stderr is not None and sys.stderr.isatty()
     try:
         with progress_bars(show_bars) as bar_class:
             snapshot = huggingface_hub.snapshot_download(
-                repo_id, revision=revision, allow_patterns=list(MODEL_FILES), tqdm_class=bar_class
+                repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=bar_class
             )
     # The library lets errors of its HTTP client, of its xet client and of the JSON parser through; whatever
     # it is, the user needs the same thing: one line that says what to do.
     except Exception as error:
         raise HubError(explain_failure(error, repo_id, revision)) from error
-    folder = Path(snapshot)
-    if not (folder / "config.json").is_file():
-        raise HubError(no_config(repo_id, revision))
-    if not any(folder.glob("model*.safetensors")):
-        raise HubError(no_shards(repo_id, revision))
-    return folder
+    return Path(snapshot)
 
 
 @contextmanager

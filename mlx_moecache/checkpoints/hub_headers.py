@@ -14,10 +14,12 @@ from pathlib import Path
 
 from ..errors import HubError
 from .checkpoint import SHARD_PATTERN
-from .hub import explain_failure, find_model, no_config, no_shards, progress_bars
+from .expert_major import MANIFEST_NAME
+from .hub import EXPERT_SHARDS, explain_failure, find_model, no_config, no_shards, progress_bars
 from .skeleton import Tensors
 
-CONFIG_FILES = ("config.json", "generation_config.json", "hf_quant_config.json")  # what mlx-lm builds a model from
+# What mlx-lm builds a model from, and the manifest of a repacked copy.
+CONFIG_FILES = ("config.json", "generation_config.json", "hf_quant_config.json", MANIFEST_NAME)
 CODE_FILES = ("*.py",)  # of models that bring their own
 _CONNECTIONS = 8  # headers that are fetched at once
 
@@ -75,18 +77,20 @@ def _list_shards(repo_id: str, revision: str | None, folder: Path) -> list[str]:
     """Names of all shards of the snapshot `folder`, in the cache or not; those in the cache if the hub is away."""
     import huggingface_hub
 
+    patterns = [SHARD_PATTERN, *([EXPERT_SHARDS] if (folder / MANIFEST_NAME).is_file() else [])]
     try:
         # list_repo_files would try for half a minute if the hub is out of reach.
         siblings = huggingface_hub.HfApi().model_info(repo_id, revision=folder.name).siblings or ()
         names = [sibling.rfilename for sibling in siblings]
     except Exception as error:
-        names = [path.name for path in folder.glob(SHARD_PATTERN)]  # read_index says if some are missing
+        # read_index says if some are missing
+        names = [path.name for pattern in patterns for path in folder.glob(pattern)]
         if not names:
             raise HubError(explain_failure(error, repo_id, revision)) from error
-    shards = sorted(name for name in names if "/" not in name and fnmatch.fnmatchcase(name, SHARD_PATTERN))
-    if not shards:
+    found = [sorted(n for n in names if "/" not in n and fnmatch.fnmatchcase(n, pattern)) for pattern in patterns]
+    if not found[0]:
         raise HubError(no_shards(repo_id, revision))
-    return shards
+    return [name for shards in found for name in shards]
 
 
 def _fetch_headers(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .checkpoint import DTYPES, SHARD_PATTERN
+from .hub import EXPERT_SHARDS
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> (safetensors dtype, shape)
 
@@ -52,7 +53,7 @@ def skeleton(files: Iterable[Path], shards: Mapping[str, Tensors]) -> Iterator[P
         for file in files:
             shutil.copyfile(file, folder / file.name)
         for shard, tensors in shards.items():
-            if "/" in shard or not fnmatch.fnmatchcase(shard, SHARD_PATTERN):
+            if "/" in shard or not any(fnmatch.fnmatchcase(shard, p) for p in (SHARD_PATTERN, EXPERT_SHARDS)):
                 raise CheckpointError(f"{shard!r} is no name of a shard ({SHARD_PATTERN}); choose another model")
             write_sparse(folder / shard, tensors)
         yield folder

@@ -192,7 +192,9 @@ def add_model_position(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="model folder or Hugging Face repo id (default: the bundled demo model)")
+    group.add_argument(
+        "--model", help=f"model folder, Hugging Face repo id, or {DEMO} (default: {DEMO}, the bundled model)"
+    )
     add_source_arguments(group)
     group.add_argument(
         "--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="more tokens that end a reply (default: none)"

@@ -110,10 +110,10 @@ class Session:
     def plan(self, routing: str, *, slots: int | None = None, eviction: str = "lru") -> Run:
         """The run of this strategy and cache: that in `results`, if it is there, else a new one.
 
-        slots: per layer, None: half of the experts, or as many as fit (`fit_slots`). Raises UsageError for unknown
+        slots: per layer, None: `default_slots`. Raises UsageError for unknown
         routing or eviction and for slots that cannot work.
         """
-        slots = self._default_slots() if slots is None else slots
+        slots = self.default_slots() if slots is None else slots
         if not self.k <= slots <= self.experts:
             raise UsageError(
                 f"slots must be between the {self.k} experts that a token uses and the {self.experts} that a layer "
@@ -152,9 +152,8 @@ class Session:
                 uses_residents=strategy.uses_residents,
             )
 
-    # ---- inside ----
-
-    def _default_slots(self) -> int:
+    def default_slots(self) -> int:
+        """Half of the experts, or as many as fit (`fit_slots`), but never fewer than a token uses."""
         if not self.options.fit_slots or self._opened is None:
             return max(self.k, self.experts // 2)
         buffers = BOUNCES_PER_THREAD * CacheOptions.threads * BOUNCE_BYTES if self.options.direct_io else 0
@@ -162,6 +161,8 @@ class Session:
             MemoryOptions(memory=self.options.memory, max_context=self._context()), host_buffers=buffers
         )
         return max(self.k, min(plan.slots_per_layer))
+
+    # ---- inside ----
 
     def _context(self) -> int:
         """Tokens of the longest sequence that is read or written."""
@@ -181,7 +182,7 @@ class Session:
         if material.text is not None:
             windows: Windows = cut(
                 material.text,
-                partial(self.tokenizer.encode, add_special_tokens=False, verbose=False),
+                partial(self.tokenizer.encode, add_special_tokens=False),
                 window=request.window,
                 stride=request.stride,
                 limit=request.limit,
