@@ -25,8 +25,9 @@ from .console.interrupt import Interrupt, Interrupted
 from .console.prompt import Prompt, check_prompt, parse_template_options, read_text, tokenise
 from .console.report import Reply, as_json, statistics
 from .console.terminal import StatusLine, is_terminal, write_notes
+from .console.warm_start_options import WarmStart, add_warm_start_arguments
 from .console.watching import check_watching, dry_run_line, watching
-from .demo import DEMO_NAME, demo_model
+from .demo import DEMO_NAME, demo_model, named_model
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     arguments.add_model_arguments(parser)
     _add_prompt_arguments(parser)
     arguments.add_memory_arguments(parser)
+    add_warm_start_arguments(parser, default=False, why="as a prompt that is there already would wait for it")
     add_device_arguments(parser)
     arguments.add_routing_arguments(parser)
     arguments.add_watching_arguments(parser)
@@ -92,6 +94,7 @@ class _Ready:
     sampler: Sampler
     seed: int
     emulated: EmulatedRun
+    warm: WarmStart
 
 
 def _generate(argv: list[str]) -> int:
@@ -138,18 +141,19 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
     options.check_before_download(args)
     saved = None if args.prompt_cache_file is None else read_saved_prompt(Path(args.prompt_cache_file))
     kv = options.kv_options(args)
-    name = args.model
+    given = args.model if saved is None or args.model is not None else saved.model
+    # Without a flag it is the bundled model, whatever folders there are; a folder called demo is what --model demo is.
+    source, name = (str(demo_model()), DEMO_NAME) if given is None else named_model(given)
     if saved is not None:
         kv = saved.kv_options(kv)
-        name = saved.model if name is None else name
-        saved.check_model(name)
+        saved.check_model(source)
     status.clear()  # a download draws its own bars
     folder = resolve_model(
-        str(demo_model()) if name is None else name,
+        source,
         revision=args.revision,
         progress=is_terminal(sys.stderr) and not args.json,
     )
-    status.show(f"loading {name or 'the demo model'} ...")
+    status.show(f"loading {name} ...")
     seed = options.seed_of(args)
     mx.random.seed(seed)  # before the model is built, which draws numbers: as in mlx-lm, so that replies agree
     opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
@@ -175,9 +179,11 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
     )
     with emulated.explained():
         model = opened.load(memory, options.cache_options(args))
+    warm = WarmStart(args, folder, model)
+    warm.read()
     kv_cache = make_prompt_cache(model, max_kv_size=kv.max_size) if saved is None else saved.cache
     return _Ready(
-        name or DEMO_NAME,
+        name,
         folder,
         model,
         tokenizer,
@@ -188,6 +194,7 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
         sampler,
         seed,
         emulated,
+        warm,
     )
 
 
@@ -196,6 +203,7 @@ def _answer(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, statu
 
     with ready.emulated.explained(), watching(args, ready.folder, ready.name, ready.model) as dry_run:
         reply = _stream(args, ready, interrupt, status)
+    ready.warm.save()
     memory = memory_use(ready.model, ready.kv_cache, not_charged=ready.emulated.not_charged)
     cache, plan = cache_use(ready.model), ready.model.memory_plan
     estimate = None if dry_run is None else dry_run.estimate()
@@ -203,11 +211,12 @@ def _answer(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, statu
     if args.json:
         run_facts = {"model": ready.name, "seed": ready.seed, "version": __version__}
         run_facts["emulation"] = None if emulation is None else emulation.as_json()
+        run_facts["warm_start"] = ready.warm.as_json()
         run_facts["dry_run"] = None if estimate is None else {**asdict(estimate), "saved": estimate.saved}
         print(json.dumps({**as_json(reply, memory, cache, plan), **run_facts}, allow_nan=False), flush=True)
     elif args.verbose:
         seed = ready.seed if args.temp > 0 else None
-        notes = statistics(reply, memory, cache, plan, seed=seed)
+        notes = statistics(reply, memory, cache, plan, seed=seed) + ready.warm.lines()
         if emulation is not None:
             notes += emulation.lines()
         if estimate is not None:

@@ -159,7 +159,13 @@ class OpenedModel:
 
     def _estimate(self, options: MemoryOptions, context: int) -> tuple[int, ForwardShape]:
         return footprint.estimate(
-            self.model, self.config, self.blocks, options.kv, context=context, chunk=options.prefill_step_size
+            self.model,
+            self.config,
+            self.blocks,
+            options.kv,
+            context=context,
+            chunk=options.prefill_step_size,
+            prompt=options.max_prompt,
         )
 
     def _plan(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import secrets
+from collections.abc import Mapping
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
@@ -67,6 +69,12 @@ def seed_of(args: argparse.Namespace) -> int:
     """The seed to use and to report; a fresh one, short enough to type, if none was given."""
     seed: int = secrets.randbelow(2**32) if args.seed is None else args.seed
     return seed
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model of this config.json knows; None if it does not say."""
+    size = (config.get("text_config") or config).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def sampler_of(args: argparse.Namespace, tokenizer: TokenizerWrapper, vocabulary: int | None) -> Sampler:

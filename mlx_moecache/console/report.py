@@ -161,11 +161,16 @@ def _hits(stats: PhaseStats) -> str:
     return f"{stats.hits / stats.selections:.1%} hit ({stats.hits:,}/{stats.selections:,})"
 
 
+def routing_name(cache: CacheUse) -> str:
+    """As in cache-prior λ=0.1 J=2."""
+    symbols = {"strength": "λ", "j": "J", "m": "M", "p": "P", "k": "K", "delta": "δ", "epsilon": "ε"}
+    return " ".join([cache.routing, *(f"{symbols.get(key, key)}={x:.3g}" for key, x in cache.parameters.items())])
+
+
 def _routing(cache: CacheUse) -> str:
     if cache.routing == "original":
         return "exact"
-    symbols = {"strength": "λ", "j": "J", "m": "M", "p": "P", "k": "K", "delta": "δ", "epsilon": "ε"}
-    name = " ".join([cache.routing, *(f"{symbols.get(key, key)}={x:.3g}" for key, x in cache.parameters.items())])
+    name = routing_name(cache)
     if cache.prunes:
         return name
     if cache.is_exact:
