@@ -28,6 +28,7 @@ import mlx.core as mx
 import numpy as np
 from common import environment, positive, run
 from mlx_lm.sample_utils import make_sampler
+from speed_checkpoints import QWEN, fill, tensors_of
 
 from mlx_moecache import system
 from mlx_moecache.budget import format_bytes, parse_memory
@@ -38,27 +39,6 @@ from mlx_moecache.generation import stream_generate
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 
 TARGET = 0.05  # of the measured peak, by which the plan may be off
-CHUNK = 2**20
-GROUP = 64  # weights that share a scale and a bias
-QWEN = {  # config.json of Qwen1.5-MoE-A2.7B, as far as it says how large things are
-    "model_type": "qwen2_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 60,
-    "num_experts_per_tok": 4,
-    "vocab_size": 151936,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": False,
-    "eos_token_id": 151643,
-    "quantization": {"group_size": GROUP, "bits": 4},
-}
 
 
 @dataclass(frozen=True)
@@ -166,68 +146,11 @@ def synthetic(layers: int) -> Iterator[Path]:
         folder = Path(name)
         config = {**QWEN, "num_hidden_layers": layers}
         (folder / "config.json").write_text(json.dumps(config))
-        tensors = qwen_tensors(layers)
+        tensors = tensors_of(QWEN, layers)
         shard = folder / "model.safetensors"
         write_sparse(shard, tensors)
         fill(shard, tensors)
         yield folder
-
-
-def qwen_tensors(layers: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes as mlx_lm.convert writes them."""
-    D, E = QWEN["hidden_size"], QWEN["num_experts"]
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-
-    def quantised(name: str, *shape: int) -> None:
-        *outer, width = shape
-        found[f"{name}.weight"] = "U32", (*outer, width // 8)
-        for part in ("scales", "biases"):
-            found[f"{name}.{part}"] = "BF16", (*outer, width // GROUP)
-
-    quantised("model.embed_tokens", QWEN["vocab_size"], D)
-    quantised("lm_head", QWEN["vocab_size"], D)
-    found["model.norm.weight"] = "BF16", (D,)
-    for i in range(layers):
-        at = f"model.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{at}.{norm}.weight"] = "BF16", (D,)
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            quantised(f"{at}.self_attn.{part}", D, D)
-            if part != "o_proj":
-                found[f"{at}.self_attn.{part}.bias"] = "BF16", (D,)
-        quantised(f"{at}.mlp.gate", E, D)
-        quantised(f"{at}.mlp.shared_expert_gate", 1, D)
-        for scope, experts, width in (
-            ("shared_expert", (), QWEN["shared_expert_intermediate_size"]),
-            ("switch_mlp", (E,), QWEN["moe_intermediate_size"]),
-        ):
-            quantised(f"{at}.mlp.{scope}.gate_proj", *experts, width, D)
-            quantised(f"{at}.mlp.{scope}.up_proj", *experts, width, D)
-            quantised(f"{at}.mlp.{scope}.down_proj", *experts, D, width)
-    return found
-
-
-def fill(shard: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Values that matter: token embeddings and routers are random, so that tokens go different ways."""
-    one, small = b"\x80\x3f", b"\x00\x3d"  # 1 and 1/32 in bfloat16
-    noise = np.random.default_rng(0).integers(0, 256, CHUNK, dtype=np.uint8).tobytes()
-    with shard.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        for name in tensors:
-            begin, end = (8 + size + x for x in header[name]["data_offsets"])
-            random = "embed_tokens" in name or ".mlp.gate." in name
-            if "norm" in name:
-                pattern = one * (CHUNK // 2)
-            elif random and name.endswith(".scales"):
-                pattern = small * (CHUNK // 2)
-            elif random and name.endswith(".weight"):
-                pattern = noise
-            else:
-                continue
-            file.seek(begin)
-            while begin < end:
-                begin += file.write(pattern[: end - begin])
 
 
 def in_fresh_process(folder: Path, setting: Setting) -> Measured:

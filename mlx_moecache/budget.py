@@ -88,8 +88,8 @@ class LayerShape:
 class ForwardShape:
     """What a forward pass needs besides weights and KV cache, in bytes (per token of a prefill chunk unless said).
 
-    A layer runs in stages that do not overlap: attention, then the experts, then their combination. Each partly
-    resident layer is evaluated between them; if all experts are resident, only long chunks are (moe_block.py).
+    A layer runs in stages that do not overlap: attention, then the experts, then their combination. Each layer
+    is evaluated between them, except at decode if all of its experts are resident (moe_block.py).
     """
 
     held: int  # what Python and the KV cache keep of a chunk throughout a layer
@@ -102,19 +102,56 @@ class ForwardShape:
     wave_pairs: int  # pairs that are computed at once, at most
     experts: int  # intermediates of all pairs of a token, computed at once because all experts are resident
     decode: int  # bytes that a decode step needs, sampling included
-    decode_ahead: int  # bytes of the next layer, which is under way already if no layer reads the host
+    decode_ahead: int  # bytes of the next layer, which is under way already where not every layer reads the host
     array: int  # the largest single array
+    prompt: int | None = None  # tokens of the longest prompt, None: any; one chunk of so many finds no KV cache to grow
+    kv_copy: int = 0  # what of attention_fixed is there only while a KV cache grows: its old buffer, zeros behind it
+    kv_reply: int = 0  # of the KV cache, what is there only when the prompt has been read
+    keys: int = 0  # tokens that `attention` lets a query see
+    key: int = 0  # what of `attention` each of them costs
+    overlaps: bool = False  # attention is not all there is (state-space and linear layers): MLX computes further ahead
+    window: int | None = None  # keys that the KV cache of every layer keeps beside the chunk's own; None: all
 
-    def transient(self, chunk: int, *, complete: bool) -> int:
-        """Bytes for a chunk of so many tokens, or for decoding if that is more; `complete`: all experts resident."""
-        attention = chunk * self.attention + self.attention_fixed
+    step: int = 0  # tokens by which plain KV caches grow; 0: they are not plain
+    kv_step: int = 0  # bytes of all KV caches for so many tokens
+    kv_layer_step: int = 0  # those of the largest layer
+
+    def transient(self, chunk: int, *, complete: bool, partly: bool = True) -> int:
+        """Bytes beside the whole KV cache for a chunk of so many tokens, or for decoding if that is more.
+
+        complete: all experts are resident in some layer; partly: in some layer they are not.
+        """
+        if self.prompt is not None and self.step and (chunk % self.step == 0 or self.step % chunk == 0):
+            prefill = self._of_prompt(self.prompt, chunk, complete, partly)
+        else:
+            unseen = 0 if self.window is None else max(0, self.keys - self.window - chunk)
+            at_once = self.prompt is not None and chunk >= self.prompt
+            prefill = self._of_chunk(chunk, unseen, 0 if at_once else self.kv_copy, complete, partly) - self.kv_reply
+        return SLACK + max(self.decode + self.decode_ahead, prefill)
+
+    def _of_prompt(self, prompt: int, chunk: int, complete: bool, partly: bool) -> int:
+        """The last whole chunk sees less than the rest that follows it, and finds a smaller KV cache."""
+        end = (prompt - 1) // chunk * chunk  # the last token is a pass of its own
+        rest = self._of_chunk(max(1, prompt - 1 - end), 0, self.kv_copy if end else 0, complete, partly)
+        if not end:
+            return rest - self.kv_reply
+        before, after = (-(-n // self.step) for n in (end - chunk, end))
+        copied = after * self.kv_layer_step if after > before > 0 else 0  # the old buffer, and zeros behind it
+        whole = self._of_chunk(chunk, self.keys - end, copied, complete, partly)
+        return max(rest, whole - (-(-prompt // self.step) - after) * self.kv_step) - self.kv_reply
+
+    def _of_chunk(self, chunk: int, unseen: int, kv_copy: int, complete: bool, partly: bool) -> int:
+        """unseen: keys less than `keys` that a query sees. kv_copy: while a KV cache grows, beside its new buffer."""
+        fixed = self.attention_fixed - self.kv_copy + kv_copy
+        attention = chunk * (self.attention - unseen * self.key) + fixed
         waves = chunk * self.outputs + min(chunk * self.k, self.wave_pairs) * self.pair
-        peak = max(attention, chunk * self.combine, waves)
+        peak = max(attention, chunk * self.combine, waves if partly or self.overlaps else 0)
         if complete:
-            lazy = min(chunk, self.wave_pairs // self.k)  # such chunks are one graph: stages overlap
-            peak = max(peak, chunk * self.experts, lazy * (self.attention + self.experts) + self.attention_fixed)
-        decode = self.decode + (self.decode_ahead if complete else 0)
-        return SLACK + max(decode, chunk * self.held + peak)
+            peak = max(peak, chunk * self.experts)
+            if self.overlaps:
+                lazy = min(chunk, self.wave_pairs // self.k)
+                peak = max(peak, lazy * (self.attention + self.experts + self.outputs) + fixed)
+        return chunk * self.held + peak
 
 
 @dataclass(frozen=True)
@@ -190,8 +227,8 @@ def plan_memory(
         return max(s * x.largest_tensor for s, x in zip(counts, layers, strict=True)) if movable else 0
 
     def finish(counts: Sequence[int], chunk: int) -> MemoryPlan:
-        complete = any(s == x.num_experts for s, x in zip(counts, layers, strict=True))
-        transient = max(forward.transient(chunk, complete=complete), copied(counts))
+        whole = [s == x.num_experts for s, x in zip(counts, layers, strict=True)]
+        transient = max(forward.transient(chunk, complete=any(whole), partly=not all(whole)), copied(counts))
         size = sum(s * x.bytes_per_expert for s, x in zip(counts, layers, strict=True))
         return MemoryPlan(budget, resident, kv, transient, host_buffers, size, tuple(counts), chunk, forward)
 

@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 
 from . import system
 from .budget import CHUNKS, SLACK, ForwardShape
@@ -27,6 +28,8 @@ NORM_ROWS = 4  # normalised input, normalised output, what the attention returns
 HELD_ROWS = 4  # local variables of the model's layers: residual, attention output, their sum, its norm
 SSM_ARRAYS = 6  # [heads, 256, 256] float32 arrays of a state-space layer, which works through a chunk in such steps
 SSM_STEP = 256
+SCAN_ARRAYS = 14  # [chunk, channels, state] float32 arrays of a token-by-token scan (Mamba 1), measured: 12 to 13
+MASK_BYTES = 1  # of the causal mask, per token and key
 FUSED_HEADS = (64, 80, 128)  # head sizes for which Metal never makes the scores of a chunk
 
 
@@ -112,23 +115,56 @@ def estimate(
     *,
     context: int,
     chunk: int | None,
+    prompt: int | None = None,
 ) -> tuple[int, ForwardShape]:
-    """Bytes of the KV cache for `context` tokens, and the forward pass. chunk: tokens, None if any of CHUNKS."""
+    """Bytes of the KV cache for `context` tokens, and the forward pass.
+
+    chunk: tokens, None if any of CHUNKS. prompt: tokens of the only prompt, None if there may be any, and several.
+    """
     shortest, longest = (min(c, context) for c in ((chunk, chunk) if chunk else (CHUNKS[-1], CHUNKS[0])))
     least, layer = kv_cache_bytes(model, context, kv, shortest)
-    size = _round_up(context, KV_STEP)
+    caches = make_prompt_cache(model, max_kv_size=kv.max_size)
+    window = kv.max_size if all(type(c) is RotatingKVCache for c in caches) else None
     most = least if shortest == longest else kv_cache_bytes(model, context, kv, longest)[0]
-    forward = forward_shape(
-        model,
-        config,
-        blocks,
-        context=context,
-        # Measured: while a quantised cache grows, MLX holds the layer's old buffers twice.
-        kv_copy=layer * (size - KV_STEP) // size * (2 if kv.bits is not None else 1),
-        kv_growth_per_token=-(-max(0, most - least) // max(1, longest - shortest)),
-        quantized_kv=kv.bits is not None,
+    growth = -(-max(0, most - least) // max(1, longest - shortest))
+
+    def shape(tokens: int, layer: int) -> ForwardShape:
+        size = _round_up(tokens, KV_STEP)
+        return forward_shape(
+            model,
+            config,
+            blocks,
+            context=tokens,
+            # The old buffers, and the zeros that are put behind them. Measured: while a quantised cache grows, MLX
+            # holds the layer's old buffers twice.
+            kv_copy=0 if size == KV_STEP else layer if kv.bits is None else 2 * layer * (size - KV_STEP) // size,
+            kv_growth_per_token=growth,
+            quantized_kv=kv.bits is not None,
+            window=window,
+        )
+
+    whole = shape(context, layer)
+    if not all(type(c) in (KVCache, RotatingKVCache) for c in caches):
+        return least, replace(whole, overlaps=True)
+    if prompt is None or prompt >= context:
+        return least, whole
+    # Until the prompt has been read, the KV cache and what attention sees are those of the prompt.
+    first = [kv_cache_bytes(model, prompt, kv, min(c, prompt)) for c in (shortest, longest)]
+    prefill = shape(prompt, max(largest for _, largest in first))
+    reply = max(0, least - max(total for total, _ in first))
+    plain = kv.bits is None and all(type(c) is KVCache for c in caches)
+    one_step = kv_cache_bytes(model, KV_STEP, kv, KV_STEP) if plain else (0, 0)
+    return least, replace(
+        prefill,
+        decode=whole.decode,
+        decode_ahead=whole.decode_ahead,
+        array=whole.array,
+        prompt=prompt,
+        kv_reply=reply,
+        step=KV_STEP if plain else 0,
+        kv_step=one_step[0],
+        kv_layer_step=one_step[1],
     )
-    return least, forward
 
 
 def forward_shape(
@@ -140,12 +176,14 @@ def forward_shape(
     kv_copy: int,
     kv_growth_per_token: int = 0,
     quantized_kv: bool = False,
+    window: int | None = None,
 ) -> ForwardShape:
     """What a forward pass keeps at once beside weights and KV cache, from the shapes of the widest layer.
 
     MLX frees an array when its last reader has run, but it makes up to some fifty arrays ahead of those, so that each
     stage is charged with all that it makes. context: tokens that a query sees. kv_copy: bytes of the old buffer while
-    a layer's KV cache grows. kv_growth_per_token: bytes by which sliding-window caches grow with each token of a chunk.
+    a layer's KV cache grows. window: keys that every layer keeps, None: all. kv_growth_per_token: bytes by which
+    sliding-window caches grow with each token of a chunk.
     """
     text = {**config, **(config.get("text_config") or {})}
     size = activation_dtype(model).size
@@ -167,7 +205,9 @@ def forward_shape(
     # Expert outputs times their weights may be float32 whatever the model computes in.
     combine = size * (norms + dense) + widest(lambda b: b.k * b.output_dims) * (size + 4)
     state_heads = int(text.get("mamba_num_heads") or text.get("mamba_n_heads") or 0)
-    attended = max(context * (scores + 1), 4 * SSM_ARRAYS * SSM_STEP * state_heads)  # 1: a byte of the causal mask
+    scanned = max((a.size for a in _parameters(model, "A_log") if a.ndim == 2), default=0)  # channels x state
+    states = max(4 * SSM_ARRAYS * SSM_STEP * state_heads, 4 * SCAN_ARRAYS * scanned)
+    attended = max(context * (scores + MASK_BYTES), states)
     held = size * HELD_ROWS * D + 4 * ROUTER_ROWS * widest(lambda b: b.num_experts) + kv_growth_per_token
     shape = ForwardShape(
         held=held,
@@ -179,18 +219,43 @@ def forward_shape(
         pair=size * widest(lambda b: 2 * D + 3 * b.inner_dims + 2 * b.output_dims),
         k=widest(lambda b: b.k),
         wave_pairs=WAVE_ROWS,
-        experts=size * widest(lambda b: b.k * (D + 2 * b.inner_dims + 2 * b.output_dims)),
+        experts=size * widest(lambda b: b.k * (D + 2 * b.inner_dims + 2 * b.output_dims + _beside(b, D))),
         decode=0,
         decode_ahead=0,
-        array=max(context * scores, size * widest(lambda b: b.k * max(D, b.inner_dims, b.output_dims))),
+        array=max(
+            (context if window is None else min(context, window + CHUNKS[0])) * scores,
+            size * widest(lambda b: b.k * max(D, b.inner_dims, b.output_dims)),
+        ),
+        kv_copy=kv_copy,
+        keys=context,
+        key=scores + MASK_BYTES if attended == context * (scores + MASK_BYTES) else 0,
+        window=window,
     )
     layer = shape.transient(1, complete=True) - SLACK
     kept = 2 * size * sum(b.k * b.output_dims for b in blocks)  # until the layer's next host read
     return replace(shape, decode=layer + kept + 4 * SAMPLING_ROWS * vocabulary, decode_ahead=layer)
 
 
+def _parameters(model: nn.Module, name: str) -> Iterator[mx.array]:
+    """The arrays of this name, of all modules."""
+    for module in model.modules():
+        if isinstance(module.get(name), mx.array):
+            yield module[name]
+
+
 def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
+
+
+def _beside(block: MoeBlock, D: int) -> int:
+    """What the experts make per pair beyond plain gated ones, whose activation is one compiled kernel.
+
+    The biases of each projection are gathered per pair; other activations are charged as a wave is.
+    """
+    switch = block.switch
+    plain = isinstance(switch, SwitchGLU) and type(switch.activation) is SwiGLU
+    biased = any(c.name.endswith(".bias") for c in block.components)
+    return (0 if plain else D + block.inner_dims) + (2 * block.inner_dims + block.output_dims if biased else 0)
 
 
 def _widths(layer: nn.Module, blocks: Sequence[MoeBlock]) -> tuple[int, int | None]:

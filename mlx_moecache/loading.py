@@ -21,6 +21,7 @@ from .budget import ForwardShape, LayerShape, MemoryPlan, parse_memory, plan_mem
 from .checkpoints.checkpoint import read_index
 from .checkpoints.expert_layout import LayerExtents, locate_experts
 from .checkpoints.hub import resolve_model
+from .checkpoints.open_files import allow_open_files
 from .checkpoints.reader import EmulatedFlash, ExpertReader
 from .elastic import ElasticSlots, Stage, stage_contexts
 from .errors import CheckpointError, UnsupportedModelError, UsageError
@@ -72,6 +73,7 @@ class OpenedModel:
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
         self.index = read_index(folder)
+        allow_open_files(2 * len(self.index.shards))  # MLX holds one for each shard, and our reader another
         self.model, self.config = build_lazily(folder, trust_remote_code=trust_remote_code)
         self.blocks: list[MoeBlock] = find_blocks(self.model)
         known = architectures.find(type(self.model).__module__.rpartition(".")[2])

@@ -262,7 +262,7 @@ class MoeBlock:
             observer.observe(RoutedCall(self.number, phase, z, p, own.astype(np.int64), used.astype(np.int64)))
 
     def _in_two_steps(self, x: mx.array, indices: mx.array) -> mx.array:
-        """All experts are resident and there are several tokens: what precedes the experts, then the experts, evaluated.
+        """All experts are resident, several tokens: what precedes the experts, then the experts, evaluated.
 
         In one lazy graph MLX allocates far ahead of what it computes, so that arrays of several layers would coexist.
         """

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_moecache.checkpoints import direct_io, reader
+from mlx_moecache.checkpoints import direct_io, read_batch, reader
 from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
 
 SIZES = (400_001, 123_456)  # bytes of the two shards; no multiple of any block size
@@ -93,7 +93,8 @@ class FastClock:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.slept = 0.0
-        patch.setattr(reader, "time", SimpleNamespace(sleep=self.sleep, perf_counter=self.now))
+        for module in (reader, read_batch):
+            patch.setattr(module, "time", SimpleNamespace(sleep=self.sleep, perf_counter=self.now))
 
     def now(self) -> float:
         return time.perf_counter() + self.slept

@@ -6,6 +6,8 @@ import gc
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -346,9 +348,9 @@ class TestSeconds:
             first = opened.start([request(bytearray(20_000), 0)])
             second = opened.start([request(bytearray(30_000), 50_000)])
             second.wait()
+            first.wait()  # the emulated device was done with it before
             clock.sleep(1000.0)  # nothing is under way
             third = opened.start([request(bytearray(10_000), 0)])
-            first.wait()
             third.wait()
             assert opened.read_seconds == pytest.approx(20 + 30 + 10, abs=0.5)
             assert first.read_seconds == pytest.approx(20, abs=0.5)
@@ -364,3 +366,31 @@ class TestSeconds:
             pending.wait()
             assert pending.read_seconds == opened.read_seconds == pytest.approx(25, abs=0.5)
             assert pending.wait_seconds == opened.wait_seconds == pytest.approx(10, abs=0.5)
+
+
+def test_more_shards_than_the_limit_of_open_files_are_opened_as_far_as_the_system_allows(
+    tmp_path: Path, shards: tuple[Path, ...]
+) -> None:
+    script = f"""
+import resource
+from pathlib import Path
+from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
+from mlx_moecache.errors import ReadError
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 400))
+shards = [Path({str(shards[0])!r})]
+target = bytearray(10)
+with ExpertReader(shards * 100) as reader:
+    reader.read([ReadRequest(99, 0, memoryview(target))])
+print(target == Path(shards[0]).read_bytes()[:10], resource.getrlimit(resource.RLIMIT_NOFILE))
+try:
+    ExpertReader(shards * 500)
+except ReadError as error:
+    print(error)
+ExpertReader(shards).close()
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, refused, last = ran.stdout.splitlines()
+    assert first == "True (328, 400)"
+    assert "Too many open files" in refused
+    assert last == "(400, 400)"  # enough, so it stays

@@ -26,7 +26,7 @@ def memory_accuracy(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def test_the_synthetic_checkpoint_is_one_that_opens(memory_accuracy: object, tmp_path: Path) -> None:
-    tensors = memory_accuracy.qwen_tensors(2)  # type: ignore[attr-defined]
+    tensors = memory_accuracy.tensors_of(memory_accuracy.QWEN, 2)  # type: ignore[attr-defined]
     config = {**memory_accuracy.QWEN, "num_hidden_layers": 2}  # type: ignore[attr-defined]
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_sparse(tmp_path / "model.safetensors", tensors)

@@ -188,11 +188,29 @@ class TestAMadeModel:
 
 
 class TestOtherArchitectures:
-    @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "phimoe", "qwen3_moe", "olmoe", "gpt_oss"])
+    @pytest.mark.parametrize(
+        "model_type",
+        [
+            "mixtral",
+            "deepseek_v2",
+            "phimoe",
+            "qwen3_moe",
+            "olmoe",
+            "gpt_oss",
+            "jamba",
+            "qwen3_next",
+            "granitemoehybrid",
+        ],
+    )
     def test_the_smallest_budget_works(self, model_type: str, shelf: Shelf) -> None:
         path = shelf.checkpoint(model_type)
         memory = smallest(path)
         check(generate(path, memory=memory), memory)
+
+    @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "gpt_oss", "jamba", "qwen3_next"])
+    def test_all_experts_and_a_short_prompt_stay_within_the_plan(self, model_type: str, shelf: Shelf) -> None:
+        run = generate(shelf.checkpoint(model_type), memory="400MB", prompt=100, reply=8)
+        assert run.peak <= run.planned
 
 
 class TestTheDemoModel:
@@ -205,9 +223,15 @@ class TestTheDemoModel:
         self.uses_what_is_planned(demo, memory)
 
     def test_so_does_half_of_the_experts(self, demo: Path) -> None:
-        memory = f"{2 * parse(smallest(demo))}"
+        memory = f"{3 * parse(smallest(demo)) // 2}"
         run = self.uses_what_is_planned(demo, memory)
         assert 4 < run.slots < 60
+
+    def test_all_experts_and_a_prompt_of_250_tokens_use_what_is_planned(self, demo: Path) -> None:
+        runs = [generate(demo, memory="40MB", prompt=250, reply=40, vocabulary=4096) for _ in range(2)]
+        assert runs[0].slots == 60
+        assert all(r.peak <= r.planned for r in runs)
+        assert min(r.planned / r.peak for r in runs) <= 1.05
 
     def uses_what_is_planned(self, demo: Path, memory: str) -> Run:
         """Within 5 % in one of three runs: how far MLX allocates ahead depends on what else the machine does."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import json
 import random
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -28,7 +31,7 @@ POLICIES = list(EVICTION)
 class TestVictims:
     """The structures that find victims without looking at every resident name the same ones as sorting does."""
 
-    @pytest.mark.parametrize("name", POLICIES)
+    @pytest.mark.parametrize("name", [*POLICIES, "decay:0.1"])  # 0.1: counts are rescaled every 80 tokens
     @settings(max_examples=15)
     @given(seed=st.integers(0, 10**6), slots=st.integers(9, 90), prompt=st.sampled_from([0, 50, 40_000]))
     def test_are_those_of_the_sorted_order(self, name: str, seed: int, slots: int, prompt: int) -> None:
@@ -241,3 +244,23 @@ def make_checkpoint(folder: Path, *, layers: int, experts: int) -> int:
                 tensors[name] = ("U32" if c.dtype == "uint32" else "U8", c.shape)
         write_sparse(folder / f"model-{layer + 1:05d}-of-{layers:05d}.safetensors", tensors)  # type: ignore[arg-type]
     return layers * experts * len(TestOpening.COMPONENTS)
+
+
+def test_the_benchmark_measures_every_policy_and_both_openings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    scale = importlib.import_module("scale")
+    monkeypatch.setattr(scale, "EXPERTS", (16, 32))
+    monkeypatch.setattr(scale, "OPENINGS", ((1, 3), (2, 4)))
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--rounds", "1"])
+    scale.main()
+    *table, record = capsys.readouterr().out.splitlines()
+    result = json.loads(record)
+    assert result["benchmark"] == "scale"
+    assert {(cost["policy"], cost["misses"]) for cost in result["tokens"]} == {
+        (policy, misses) for policy in POLICIES for misses in (0, 1, 4)
+    }
+    assert all(cost["microseconds"]["32"] > 0 for cost in result["tokens"])
+    assert [opening["tensors"] for opening in result["openings"]] == [18, 48]
+    assert len(table) == 2 + 12 + 3

@@ -9,17 +9,18 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from mlx_moecache.checkpoints.direct_io import BounceArena, BounceBuffer, drop_from_page_cache, open_shards, read_into
 from mlx_moecache.checkpoints.emulated_flash import EmulatedFlash as EmulatedFlash
-from mlx_moecache.checkpoints.emulated_flash import FlashQueue, Transfer
+from mlx_moecache.checkpoints.emulated_flash import FlashQueue
+from mlx_moecache.checkpoints.open_files import allow_open_files
+from mlx_moecache.checkpoints.read_batch import Pending as Pending
+from mlx_moecache.checkpoints.read_batch import Piece, split
+from mlx_moecache.checkpoints.read_batch import ReadRequest as ReadRequest
 from mlx_moecache.errors import ReadError
 
 # Measured with benchmarks/expert_reads.py on a virtual disk of 2.5 GB/s: smaller pieces cost speed, larger ones
@@ -33,79 +34,6 @@ INLINE_BYTES = 256 * 1024
 # A demand waits for the pieces of an ahead batch that were begun, one per thread: so these are small.
 AHEAD_PIECE_BYTES = 512 * 1024
 CLOSED = "the reader is closed; open the model again to read its experts"
-
-
-@dataclass(frozen=True)
-class ReadRequest:
-    shard: int  # index into the reader's shards
-    offset: int  # bytes from the start of the file
-    view: memoryview  # writable, contiguous, cast to "B"; its length is the byte count
-
-
-class _Piece(NamedTuple):
-    """Neighbouring bytes of one shard, read by one call; they may end up in several places."""
-
-    shard: int
-    offset: int
-    nbytes: int
-    views: tuple[memoryview, ...]
-
-
-class Pending:
-    """Reads that are under way: the pieces of one batch, which the helpers and a waiting caller take one by one.
-
-    Its views must not be used before `wait` has returned. One of `wait` and `cancel` must be called before the memory
-    is used for anything else.
-
-    Afterwards: bytes_read, 0 if it failed; read_seconds, wall time from its start to its last byte, whoever else was
-    reading; wait_seconds, how much of it a caller spent in `wait`.
-    """
-
-    def __init__(self, reader: "ExpertReader", pieces: Sequence[_Piece], *, ahead: bool) -> None:
-        self.nbytes = sum(piece.nbytes for piece in pieces)
-        self.bytes_read = 0
-        self.read_seconds = self.wait_seconds = 0.0
-        self.started = time.perf_counter()
-        self.failure: BaseException | None = None
-        self.pieces = deque(pieces)  # nobody has taken these; popleft is atomic, so taking one needs no lock
-        self.ahead = ahead
-        self.unread = len(pieces)  # pieces that have not landed
-        self.helpers = 0  # that read one of its pieces now
-        self.landed = 0  # bytes
-        self.landed_at = 0.0
-        self.transfer: Transfer | None = None  # on the emulated device
-        self.finished = not pieces  # its bytes and seconds are counted
-        self.gave_up = False  # it failed or was cancelled
-        self._reader = reader
-
-    def wait(self) -> None:
-        """Return when all bytes have landed, helping until then; a batch started ahead is now a demand.
-
-        On the first failure the pieces that nobody has begun are dropped. ReadError, as KeyboardInterrupt, leaves this
-        call only when every helper is done with this batch: no byte lands after it. The views then hold an unknown mix
-        of old and new bytes, and the counter of bytes is unchanged. Waiting again after success does nothing.
-        """
-        self._reader._wait(self)
-
-    def cancel(self) -> None:
-        """Drop the pieces that nobody has begun and wait for the others: no byte lands after this call.
-
-        Raises nothing about the reads; the views hold an unknown mix of old and new bytes. What had arrived by then
-        counts as read.
-        """
-        self._reader._cancel(self)
-
-    def stop(self, failure: BaseException) -> None:
-        """Discard the pieces nobody has taken. Of several failures the first counts, or an interrupt."""
-        self.pieces.clear()
-        self.gave_up, self.landed_at = True, time.perf_counter()
-        if self.failure is None or not isinstance(failure, Exception):
-            self.failure = failure
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing is left that could still land (but for the piece of a caller who is waiting)."""
-        return not self.pieces and not self.helpers
 
 
 class ExpertReader:
@@ -132,6 +60,7 @@ class ExpertReader:
         self._read_seconds = 0.0
         self._shards = tuple(shards)
         self._threads = max(1, threads)
+        allow_open_files(2 * len(self._shards))  # MLX keeps each shard open, too, until it has evaluated its tensors
         try:
             opened = open_shards(self._shards, direct=direct_io)
         except OSError as error:
@@ -218,7 +147,7 @@ class ExpertReader:
     def _start(self, requests: Sequence[ReadRequest], *, ahead: bool, joining: bool) -> Pending:
         """joining: the caller waits at once, so one helper fewer is wanted."""
         most = min(self._piece_bytes, AHEAD_PIECE_BYTES) if ahead else self._piece_bytes
-        batch = Pending(self, _split(requests, most), ahead=ahead)
+        batch = Pending(self, split(requests, most), ahead=ahead)
         helpers = min(self._threads, batch.unread) - joining
         if self._arena is None and batch.nbytes <= INLINE_BYTES:
             helpers = min(helpers, 1 - joining)
@@ -334,7 +263,7 @@ class ExpertReader:
             # An idle frame must not keep the memory of the caller.
             del taken, batch, piece, failure
 
-    def _take(self) -> tuple[Pending, _Piece] | None:
+    def _take(self) -> tuple[Pending, Piece] | None:
         with self._lock:
             for queue in (self._demand, self._ahead):
                 while queue:
@@ -360,7 +289,7 @@ class ExpertReader:
             with self._lock:
                 self._landed(batch, piece, None)
 
-    def _landed(self, batch: Pending, piece: _Piece, failure: BaseException | None) -> None:
+    def _landed(self, batch: Pending, piece: Piece, failure: BaseException | None) -> None:
         batch.landed_at = time.perf_counter()
         if failure is not None:
             batch.stop(failure)
@@ -418,7 +347,7 @@ class ExpertReader:
             time.sleep(left)
 
     # ---- one piece ----
-    def _read_piece(self, piece: _Piece) -> None:
+    def _read_piece(self, piece: Piece) -> None:
         descriptor = self._descriptors[piece.shard]
         try:
             if self._arena is not None:
@@ -441,32 +370,6 @@ class ExpertReader:
                 f"{self._shards[piece.shard]} ends early: wanted {piece.nbytes} bytes at offset "
                 f"{piece.offset}, got {got}; the file is truncated or was changed, download it again"
             )
-
-
-def _split(requests: Sequence[ReadRequest], most: int) -> list[_Piece]:
-    """Requests in file order as pieces of at most `most` bytes: neighbours joined, long ones cut."""
-    pieces: list[_Piece] = []
-    views: list[memoryview] = []  # the piece that is being put together
-    shard = offset = nbytes = 0
-    for request in sorted(requests, key=lambda request: (request.shard, request.offset)):
-        length = len(request.view)
-        taken = 0
-        while taken < length:
-            here = request.offset + taken
-            if nbytes and (request.shard != shard or here != offset + nbytes or nbytes == most):
-                pieces.append(_Piece(shard, offset, nbytes, tuple(views)))
-                views, nbytes = [], 0
-            if not nbytes:
-                shard, offset = request.shard, here
-            part = min(length - taken, most - nbytes)
-            views.append(request.view if part == length else request.view[taken : taken + part])
-            nbytes += part
-            taken += part
-    if nbytes:
-        pieces.append(_Piece(shard, offset, nbytes, tuple(views)))
-    # Long pieces first: the threads then finish at about the same time.
-    pieces.sort(key=lambda piece: -piece.nbytes)
-    return pieces
 
 
 def _close_all(descriptors: Sequence[int]) -> None:
