@@ -13,6 +13,8 @@ from .errors import UsageError
 
 COMMANDS = {  # name of the command and of its module -> what it does
     "generate": "write a reply to one prompt and say what the expert cache did",
+    "chat": "talk to a model, and look into its expert cache meanwhile",
+    "server": "answer requests of OpenAI's API over HTTP, and show the expert cache at work",
     "evaluate": "measure what routing strategies cost in quality and save in reads",
     "info": "say what a model is made of and how much memory it needs, without loading it",
     "plan": "say whether a model will run here or on a phone, and how fast it will read",

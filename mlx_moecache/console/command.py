@@ -31,27 +31,35 @@ def run(body: Callable[[], int], *, debug: bool = False) -> int:
             raise
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED, debug=False)
-        except MoeCacheError as error:
-            return _fail(f"error: {error}", 2, debug)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"error: {where}{error.strerror or error}", 2, debug)
         except Exception as error:
-            if _is_out_of_memory(error):
-                return _fail(f"error: out of memory{_detail(error)}; use fewer --slots or a smaller --memory", 2, debug)
-            text = f"error: unexpected {type(error).__name__}{_detail(error)}"
-            return _fail(text if debug else f"{text} (--debug shows where)", 1, debug)
+            line, code = explain(error, debug=debug)
+            return _fail(line, code, debug)
     except BrokenPipeError:
         return BROKEN_PIPE
     finally:
         _drop_unwritable()
 
 
+def explain(error: Exception, *, debug: bool) -> tuple[str, int]:
+    """The line that says what went wrong, and the exit code of a command that ends because of it."""
+    if isinstance(error, MoeCacheError):
+        line, code = f"error: {error}", 2
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        line, code = f"error: {where}{error.strerror or error}", 2
+    elif _is_out_of_memory(error):
+        line, code = f"error: out of memory{_detail(error)}; use fewer --slots or a smaller --memory", 2
+    else:
+        where = "" if debug else " (--debug shows where)"
+        line, code = f"error: unexpected {type(error).__name__}{_detail(error)}{where}", 1
+    return " ".join(line.splitlines()), code
+
+
 def _fail(line: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     with suppress(OSError):  # stderr itself may be what cannot be written
-        print(" ".join(line.splitlines()), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     return code
 
 

@@ -23,6 +23,12 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
 
 
+def dimmed(text: str, stream: TextIO | None) -> str:
+    """`text` in dim, if `stream` is a terminal that shows it so and NO_COLOR is unset; else as it is."""
+    styled = is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\x1b[2m{text}\x1b[0m" if styled and text else text
+
+
 def write_notes(lines: Iterable[str], stream: TextIO | None) -> None:
     """Write lines in one go, dim where the stream is a terminal and NO_COLOR is unset, in ASCII where it must be."""
     text = "\n".join(lines)
@@ -31,8 +37,7 @@ def write_notes(lines: Iterable[str], stream: TextIO | None) -> None:
     except UnicodeEncodeError:
         text = text.translate(_PLAIN)
     if text and stream is not None:
-        dim = is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        stream.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
+        stream.write(f"{dimmed(text, stream)}\n")
         stream.flush()
 
 
