@@ -18,7 +18,8 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 
 from . import system
 from .budget import CHUNKS, SLACK, ForwardShape
-from .moe_block import WAVE_ROWS, MoeBlock
+from .cached_switch import WAVE_ROWS
+from .moe_block import MoeBlock
 
 KV_STEP = 256  # tokens by which mlx-lm's KV caches grow
 SAMPLING_ROWS = 16  # rows of 4 bytes per vocabulary entry: logits, log-probabilities, and top-p, top-k, min-p sorting

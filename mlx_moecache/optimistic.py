@@ -26,6 +26,7 @@ from .span import SpanChooser
 from .stats import PhaseStats
 
 if TYPE_CHECKING:
+    from .cached_switch import CachedSwitch
     from .moe_block import MoeBlock
 
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 class Unchecked:
     """What one MoE layer chose for one token, on the device until the host has looked."""
 
-    block: MoeBlock
+    block: CachedSwitch
     arrays: list[mx.array]  # ids [1, k], then scores [1, k] and the number of swapped selections, if there are any
     earlier: list[mx.array]  # outputs that may still read the layer's slots
     has_scores: bool

@@ -95,7 +95,7 @@ class _WatchedLayer:
         self.block = block
         self.counts = Counts()
         assert block.seam is not None
-        take, read_host = block.seam.take, block._read_host
+        take, read_host = block.seam.take, block.cached._read_host
 
         def watched_take() -> Any:
             seen = take()
@@ -109,7 +109,7 @@ class _WatchedLayer:
             return result
 
         block.seam.take = watched_take  # type: ignore[method-assign]
-        block._read_host = watched_read  # type: ignore[method-assign]
+        block.cached._read_host = watched_read  # type: ignore[method-assign]
         self.begin()
 
     def begin(self) -> None:

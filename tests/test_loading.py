@@ -176,7 +176,7 @@ class TestLayouts:
     def test_chunks_that_are_computed_in_several_parts(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, scale: int
     ) -> None:
-        monkeypatch.setattr("mlx_moecache.moe_block.WAVE_ROWS", scale)
+        monkeypatch.setattr("mlx_moecache.cached_switch.WAVE_ROWS", scale)
         self.expect_stock_logits(shelf.checkpoint("mixtral"), slots=3)
 
 
