@@ -154,7 +154,7 @@ class CachedSwitch:
         early = [i for i, e in enumerate(experts) if e not in missing]
         with cache.loading(layer, loads, stats):
             hits = self._upstream(x, self._slots([experts[i] for i in early], [*shape[:-1], len(early)]))
-            mx.async_eval(hits)  # type: ignore[no-untyped-call]
+            mx.eval(hits)
         misses = self._upstream(x, self._slots([experts[i] for i in late], [*shape[:-1], len(late)]))
         place = sorted(range(len(experts)), key=(early + late).__getitem__)
         return mx.take(mx.concatenate([hits, misses], axis=-2), mx.array(place, dtype=mx.uint32), axis=-2)

@@ -35,13 +35,13 @@ class Recorder:
 
     def __init__(self, cache: ExpertCache, patch: pytest.MonkeyPatch) -> None:
         self.layers, self.events = cache.layers, list[list[Event]]([] for _ in cache.layers)
-        load = ExpertCache.load
+        publish = ExpertCache._publish
 
-        def load_and_remember(self_: ExpertCache, layer: LayerExperts, loads: Sequence[Load], stats: Any) -> None:
+        def publish_and_remember(self_: ExpertCache, layer: LayerExperts, loads: Sequence[Load], stats: Any) -> None:
             self.events[self.layers.index(layer)][-1][1].extend(loads)
-            load(self_, layer, loads, stats)
+            publish(self_, layer, loads, stats)
 
-        patch.setattr(ExpertCache, "load", load_and_remember)
+        patch.setattr(ExpertCache, "_publish", publish_and_remember)
 
     def observe(self, call: RoutedCall) -> None:
         resident = self.layers[call.layer].residents
