@@ -147,14 +147,17 @@ class CachedSwitch:
         layer, cache = self.layer, self.cache
         missing = {x.expert for x in loads}
         late = [i for i, e in enumerate(experts) if e in missing]
-        pays = cache.overlaps and cache.pace.pays(len(loads) * self.layer.bytes_per_expert)
+        size, hits_count = layer.bytes_per_expert, len(experts) - len(late)
+        pays = cache.overlaps and cache.pace.pays(len(loads) * size, hits_count * size)
         if not late or len(late) == len(experts) or not pays:
             cache.load(layer, loads, stats)
             return self._upstream(x, self._slots(experts, shape))
         early = [i for i, e in enumerate(experts) if e not in missing]
         with cache.loading(layer, loads, stats):
             hits = self._upstream(x, self._slots([experts[i] for i in early], [*shape[:-1], len(early)]))
+            began = time.perf_counter()
             mx.eval(hits)
+            cache.pace.observe_compute(hits_count * size, time.perf_counter() - began)
         misses = self._upstream(x, self._slots([experts[i] for i in late], [*shape[:-1], len(late)]))
         place = sorted(range(len(experts)), key=(early + late).__getitem__)
         return mx.take(mx.concatenate([hits, misses], axis=-2), mx.array(place, dtype=mx.uint32), axis=-2)

@@ -142,7 +142,7 @@ class TestTime:
 
     def test_fast_reads_are_simply_waited_for(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
         model = load(shelf, "qwen2_moe", "4bit")
-        monkeypatch.setattr(model.expert_cache.pace, "seconds_per_byte", 1e-12)
+        monkeypatch.setattr(model.expert_cache.pace, "read_per_byte", 1e-12)
         monkeypatch.setattr(model.expert_cache.pace, "observe", lambda nbytes, seconds: None)
         monkeypatch.setattr(ExpertReader, "start", lambda *a, **k: pytest.fail("began in the background"))
         run_model(model, TOKENS, [1] * 20)
@@ -151,22 +151,29 @@ class TestTime:
 
 class TestPace:
     def test_is_unknown_until_something_was_read(self) -> None:
-        assert not ReadPace().pays(10**12)
+        assert not ReadPace().pays(10**12, 10**12)
 
     def test_splitting_pays_where_reads_take_longer_than_it_costs(self) -> None:
         pace = ReadPace()
         pace.observe(10**6, 1e-3)
-        assert pace.pays(round(1.01 * SPLIT_SECONDS * 1e9))
-        assert not pace.pays(round(0.99 * SPLIT_SECONDS * 1e9))
+        assert pace.pays(round(1.01 * SPLIT_SECONDS * 1e9), 1)
+        assert not pace.pays(round(0.99 * SPLIT_SECONDS * 1e9), 1)
+
+    def test_and_where_there_is_enough_to_compute_meanwhile(self) -> None:
+        pace = ReadPace()
+        pace.observe(10**6, 1.0)
+        pace.observe_compute(10**6, 1e-3)
+        assert pace.pays(10**6, round(1.01 * SPLIT_SECONDS * 1e9))
+        assert not pace.pays(10**6, round(0.99 * SPLIT_SECONDS * 1e9))
 
     def test_follows_the_last_batches(self) -> None:
         pace = ReadPace()
         pace.observe(10**6, 1.0)
         for _ in range(60):
             pace.observe(10**6, 1e-3)
-        assert pace.seconds_per_byte == pytest.approx(1e-9, rel=2)
+        assert pace.read_per_byte == pytest.approx(1e-9, rel=2)
         pace.observe(0, 5.0)
-        assert pace.seconds_per_byte < 1e-8
+        assert pace.read_per_byte < 1e-8
 
 
 class TestWavesInTurn:
