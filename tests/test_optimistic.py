@@ -57,11 +57,10 @@ class TestTheOutput:
         assert figures(once) == figures(each)
         assert once.expert_cache.stats.decode.misses > 0
 
-    @pytest.mark.parametrize("eviction", ["lru", "decay"])
     @pytest.mark.parametrize(
-        "routing", ["original", "cache-prior:strength=0.3,j=1", "price:delta=0.1,j=1", "pruning:k=2"]
+        ("slots", "routing", "eviction"),
+        [*((s, r, "lru") for r in ROUTINGS for s in (15, 45)), (59, ROUTINGS[1], "lru"), (30, ROUTINGS[2], "decay")],
     )
-    @pytest.mark.parametrize("slots", [15, 30, 45, 59])
     def test_of_the_demo_model_is_that_of_looking_each_time(self, slots: int, routing: str, eviction: str) -> None:
         tokens = _story()
         runs = []
