@@ -163,7 +163,7 @@ def _load(args: argparse.Namespace, prompt: Prompt, status: StatusLine) -> _Read
     if saved is not None:
         saved.check_layers(len(make_prompt_cache(opened.model)))
     options.check_kv(opened.model, kv)
-    sampler = options.sampler_of(args, tokenizer, _vocabulary(opened.config))
+    sampler = options.sampler_of(args, tokenizer, options.vocabulary_of(opened.config))
     cached = 0 if saved is None else saved.tokens
     reply_tokens = args.max_tokens if args.max_tokens > 0 else args.max_kv_size
     emulated = EmulatedRun(emulation_of(args))
@@ -283,11 +283,6 @@ def _stream(args: argparse.Namespace, ready: _Ready, interrupt: Interrupt, statu
         last.prompt_tps,
         last.generation_tps if last.generation_tokens > 1 else None,
     )
-
-
-def _vocabulary(config: dict[str, Any]) -> int | None:
-    size = (config.get("text_config") or config).get("vocab_size")
-    return size if isinstance(size, int) else None
 
 
 def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

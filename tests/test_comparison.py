@@ -238,6 +238,21 @@ def test_slots_that_give_way_to_the_kv_cache_come_back() -> None:
     assert fingerprint(elastic) == before
 
 
+def test_a_kv_cache_that_does_not_fit_twice_into_the_budget_is_not_copied() -> None:
+    session = open_session(demo_model(), memory="16MB", max_context=400, max_tokens=20)
+    say(session, STORY)
+    compare(session, Interrupt())  # a short conversation does
+    say(session, " ".join([STORY] * 28))
+    assert len(session.conversation.tokens) > 256
+    before = fingerprint(session)
+    with pytest.raises(UsageError, match=r"twice, which takes .* are reserved for it"):
+        compare(session, Interrupt())
+    assert fingerprint(session) == before
+    unlimited = open_session(demo_model(), slots=20, max_context=400, max_tokens=20)
+    say(unlimited, " ".join([STORY] * 28))
+    compare(unlimited, Interrupt())
+
+
 # ---- the command ----
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..budget import format_bytes
 from ..errors import UsageError
+from ..footprint import KV_STEP
 from ..generation import Response, expert_cache_of, make_room
 from ..routing import Strategy
 from ..stats import CacheStats, PhaseStats
@@ -97,6 +98,7 @@ def compare(session: ChatSession, interrupt: Interrupt, progress: Progress = lam
     """
     prompt = _last_prompt(session)
     cache, conversation = expert_cache_of(session.model), session.conversation
+    _check_memory(session, len(prompt))
     start = _State(session)
     answers: list[Answer] = []
     try:
@@ -152,6 +154,26 @@ def _random_key() -> mx.array:
     """MLX's random numbers follow from this one array."""
     key: mx.array = mx.random.state[0]  # type: ignore[index]
     return key
+
+
+def _check_memory(session: ChatSession, prompt: int) -> None:
+    """Raise UsageError if a budget was given and the KV cache does not fit twice into what is reserved for it.
+
+    Elastic slots reserve for the tokens that are there, and give way to the answers only, not to the second cache.
+    """
+    conversation, plan = session.conversation, session.model.memory_plan
+    held = sum(int(c.nbytes) for c in conversation.kv_cache)
+    if plan.budget is None or session.model.elastic_slots is not None or not conversation.tokens:
+        return
+    longest = min(prompt + session.settings.max_tokens, conversation.max_context)
+    step = held // -(-len(conversation.tokens) // KV_STEP)
+    needed = held + -(-longest // KV_STEP) * step
+    if needed > plan.kv:
+        raise UsageError(
+            f"/ab has the conversation's KV cache twice, which takes {format_bytes(needed, up=True)}, and "
+            f"{format_bytes(plan.kv)} are reserved for it; /clear shortens the conversation, /set max-tokens the "
+            "answers, or start with a larger --max-context"
+        )
 
 
 def _last_prompt(session: ChatSession) -> list[int]:

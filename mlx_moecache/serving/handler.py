@@ -203,7 +203,7 @@ class Handler(JsonHandler):
             changes = self.app.live.changes
             try:
                 if changes != seen:
-                    picture = self.app.live.snapshot(since)
+                    picture = self.app.live.snapshot(since) | {"waiting": self.app.worker.waiting}
                     since, seen, wrote = picture["time"], changes, time.monotonic()
                     self.wfile.write(formats.event_line(picture))
                 elif time.monotonic() - wrote > COMMENT_EVERY:
