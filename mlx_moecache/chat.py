@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .console import arguments
 from .console.command import run
-from .console.emulated_run import EmulatedRun
-from .console.emulation import add_device_arguments, check_device, emulation_of
-from .console.terminal import StatusLine, is_terminal
+from .console.emulation import add_device_arguments, check_device
+from .console.open_conversation import open_conversation
+from .console.terminal import StatusLine
 from .console.warm_start_options import WarmStart, add_warm_start_arguments
-from .demo import DEMO, named_model
+from .demo import DEMO
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -105,42 +105,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, status: StatusLine) -> _Ready:
-    """Open, plan and load; KV cache is reserved for the longest conversation."""
-    from .checkpoints.hub import resolve_model
     from .console import options
     from .console.chat_session import ChatSession, ReplySettings
-    from .conversation import Conversation
-    from .footprint import KV_STEP
-    from .loading import MemoryOptions, OpenedModel
 
-    options.check_before_download(args)
-    source, name = named_model(args.model or DEMO)
-    status.clear()  # a download draws its own bars
-    folder = resolve_model(source, revision=args.revision, progress=is_terminal(sys.stderr))
-    status.show(f"loading {name} ...")
-    opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
-    tokenizer = opened.tokenizer(extra_eos_tokens=tuple(args.extra_eos_token))
-    if args.system_prompt is not None and not tokenizer.has_chat_template:
-        raise UsageError("this model has no chat template, so --system-prompt has no use; leave it out")
-    kv = options.kv_options(args)
-    options.check_kv(opened.model, kv)
-    vocabulary = options.vocabulary_of(opened.config)
-    options.sampler_of(args, tokenizer, vocabulary)  # refuses what no reply could use
-    emulated = EmulatedRun(emulation_of(args))
-    memory = MemoryOptions(
-        memory=emulated.budget or args.memory,
-        slots=args.slots,
-        # A conversation that goes on ends inside of a buffer, which then grows from there: up to one step more.
-        max_context=args.max_context + KV_STEP - 1,
-        prefill_step_size=args.prefill_step_size,
-        kv=kv,
-        elastic=args.elastic,
-    )
-    with emulated.explained():
-        model = opened.load(memory, options.cache_options(args))
-    conversation = Conversation(
-        model, tokenizer, max_context=args.max_context, kv=kv, prefill_step_size=args.prefill_step_size
-    )
+    def check(tokenizer: Any) -> None:
+        if args.system_prompt is not None and not tokenizer.has_chat_template:
+            raise UsageError("this model has no chat template, so --system-prompt has no use; leave it out")
+
+    opened = open_conversation(args, status, check)
     settings = ReplySettings(
         max_tokens=args.max_tokens,
         temp=args.temp,
@@ -154,9 +126,15 @@ def _load(args: argparse.Namespace, status: StatusLine) -> _Ready:
         verbose=args.verbose,
     )
     session = ChatSession(
-        name, folder, conversation, settings, emulated, system=args.system_prompt, vocabulary=vocabulary
+        opened.name,
+        opened.folder,
+        opened.conversation,
+        settings,
+        opened.emulated,
+        system=args.system_prompt,
+        vocabulary=opened.vocabulary,
     )
-    return _Ready(session, WarmStart(args, folder, model))
+    return _Ready(session, opened.warm)
 
 
 def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ order: routers are tested, memory is planned (or refused), resident weights are 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -229,7 +230,7 @@ class OpenedModel:
         except BaseException:
             reader.close()
             raise
-        chooser = SpanChooser(len(layers), system.host_read_seconds())
+        chooser = SpanChooser(len(layers), statistics.median(system.time_host_reads()[0]))
         expert_cache.optimist = Optimist(self.model.layers, self.blocks, expert_cache, chooser)
         self.model.expert_cache = expert_cache
         self.model.memory_plan = plan

@@ -23,16 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from .console import arguments
 from .console.command import INTERRUPTED, run
-from .console.emulated_run import EmulatedRun
-from .console.emulation import add_device_arguments, check_device, emulation_of
+from .console.emulation import add_device_arguments, check_device
+from .console.open_conversation import OpenedConversation, open_conversation
 from .console.prompt import parse_template_options
-from .console.terminal import StatusLine, is_terminal, write_notes
-from .console.warm_start_options import WarmStart, add_warm_start_arguments
-from .demo import DEMO, named_model
+from .console.terminal import StatusLine, write_notes
+from .console.warm_start_options import add_warm_start_arguments
+from .demo import DEMO
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .conversation import Conversation
     from .serving.access import Access
     from .serving.http_server import HttpServer
     from .serving.json_handler import App
@@ -85,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(argv: list[str]) -> int:
     args = setup_arg_parser().parse_args(argv)
     access = _check(args)
+    import mlx.core as mx
+
+    from .console import options
     from .serving.handler import Handler
     from .serving.http_server import HttpServer
 
@@ -95,9 +97,10 @@ def _serve(argv: list[str]) -> int:
         with StatusLine(sys.stderr) as status:
             status.show("loading ...")
             with redirect_stdout(sys.stderr):  # model code that users trust may print
-                conversation, name, emulated, warm = _load(args, status)
-        with emulated.explained():
-            return _answer(args, access, server, handler, conversation, name, emulated, warm)
+                mx.random.seed(options.seed_of(args))
+                opened = open_conversation(args, status)
+        with opened.emulated.explained():
+            return _answer(args, access, server, handler, opened)
     finally:
         server.server_close()
 
@@ -124,55 +127,12 @@ def _check(args: argparse.Namespace) -> Access:
     return Access(args.host, tuple(o.lower() for o in args.allow_origin), key)
 
 
-def _load(args: argparse.Namespace, status: StatusLine) -> tuple[Conversation, str, EmulatedRun, WarmStart]:
-    """Open, plan and load; KV cache is reserved for the longest request and its reply."""
-    import mlx.core as mx
-
-    from .checkpoints.hub import resolve_model
-    from .console import options
-    from .conversation import Conversation
-    from .footprint import KV_STEP
-    from .loading import MemoryOptions, OpenedModel
-
-    options.check_before_download(args)
-    source, name = named_model(args.model or DEMO)
-    status.clear()  # a download draws its own bars
-    folder = resolve_model(source, revision=args.revision, progress=is_terminal(sys.stderr))
-    status.show(f"loading {name} ...")
-    mx.random.seed(options.seed_of(args))
-    opened = OpenedModel(folder, trust_remote_code=args.trust_remote_code)
-    tokenizer = opened.tokenizer(extra_eos_tokens=tuple(args.extra_eos_token))
-    kv = options.kv_options(args)
-    options.check_kv(opened.model, kv)
-    args.vocabulary = options.vocabulary_of(opened.config) or len(tokenizer.get_vocab())
-    options.sampler_of(args, tokenizer, args.vocabulary)  # refuses what no reply could use
-    emulated = EmulatedRun(emulation_of(args))
-    memory = MemoryOptions(
-        memory=emulated.budget or args.memory,
-        slots=args.slots,
-        # A conversation that goes on ends inside of a buffer, which then grows from there: up to one step more.
-        max_context=args.max_context + KV_STEP - 1,
-        prefill_step_size=args.prefill_step_size,
-        kv=kv,
-        elastic=args.elastic,
-    )
-    with emulated.explained():
-        model = opened.load(memory, options.cache_options(args))
-    conversation = Conversation(
-        model, tokenizer, max_context=args.max_context, kv=kv, prefill_step_size=args.prefill_step_size
-    )
-    return conversation, name, emulated, WarmStart(args, folder, model)
-
-
 def _answer(
     args: argparse.Namespace,
     access: Access,
     server: HttpServer,
     handler: Any,
-    conversation: Conversation,
-    name: str,
-    emulated: EmulatedRun,
-    warm: WarmStart,
+    opened: OpenedConversation,
 ) -> int:
     """Serve until a signal comes. This thread, the one that loaded the model, makes the replies."""
     from .enforce import OverLimitError
@@ -182,8 +142,9 @@ def _answer(
     from .serving.prompts import Prompts
     from .serving.worker import Worker
 
+    conversation, emulated, warm = opened.conversation, opened.emulated, opened.warm
     tokenizer, model = conversation.tokenizer, conversation.model
-    limits = _limits(args, name, tokenizer)
+    limits = _limits(args, opened, tokenizer)
     live = LiveView(model, name=limits.model, has_template=bool(tokenizer.has_chat_template))
     engine = Engine(
         conversation,
@@ -252,16 +213,17 @@ def _signals(stop: Any) -> Iterator[list[int]]:
             signal.signal(s, old)
 
 
-def _limits(args: argparse.Namespace, name: str, tokenizer: Any) -> Any:
+def _limits(args: argparse.Namespace, opened: OpenedConversation, tokenizer: Any) -> Any:
     from .serving.requests import Limits, Sampling
 
+    name = opened.name
     # A folder on this machine is nobody's business: clients see its last part.
     shown = Path(name).resolve().name if Path(name).exists() else name
     return Limits(
         model=shown,
         aliases=tuple({name, args.model or DEMO, "default", "default_model"}),
         max_tokens=args.max_tokens,
-        vocabulary=args.vocabulary,
+        vocabulary=opened.vocabulary or len(tokenizer.get_vocab()),
         has_tools=bool(tokenizer.has_chat_template and tokenizer.has_tool_calling),
         sampling=Sampling(
             temperature=args.temp,

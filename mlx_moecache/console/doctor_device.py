@@ -10,7 +10,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 import zlib
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
@@ -79,15 +78,9 @@ def check_device(platform_name: str = sys.platform) -> Check:
 
 def check_host_read(repeats: int) -> Check:
     """Time from starting a tiny operation to its result in NumPy: what a layer's look at its selections costs."""
-    x, seconds = mx.zeros(8), []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        x = x + 1
-        mx.eval(x)
-        np.asarray(x)
-        seconds.append(time.perf_counter() - began)
-    if float(np.asarray(x)[0]) != repeats:
-        return Check("host read", "FAILED", f"adding 1 {repeats} times gave {float(np.asarray(x)[0]):g}")
+    seconds, total = system.time_host_reads(repeats)
+    if total != repeats:
+        return Check("host read", "FAILED", f"adding 1 {repeats} times gave {total:g}")
     median, worst = statistics.median(seconds), max(seconds)
     text = f"{_micro(median)} (median of {repeats:,}; longest {_micro(worst)})"
     figures: dict[str, Figure] = {"median_seconds": median, "longest_seconds": worst}
