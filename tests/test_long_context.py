@@ -7,7 +7,7 @@ makes it work. The full length takes minutes: `python -m pytest -m matrix tests/
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ def generate(path: Path, length: Length, kv: KVOptions) -> tuple[int, int, list[
     ids=["8 bits", "4 bits from token 500", "rotating"],
 )
 def test_the_peak_stays_within_the_budget(model: Path, length: Length, kv: KVOptions) -> None:
+    if kv.max_size and length is LONG:
+        length = replace(length, memory=9_000_000)  # a rotating cache is so small that all experts would fit
     peak, made, cache = generate(model, length, kv)
     assert peak <= length.memory
     assert made == length.reply
