@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .expert_cache import ExpertCache, LayerExperts
 from .observer import RoutedCall, Scores
 from .optimistic import Optimist, Unchecked
-from .residents import Load, Wave
+from .residents import Load, Wave, hottest_last
 from .routing import Original, probabilities
 from .seam import SelectionSeam
 from .stats import PhaseStats
@@ -285,10 +285,11 @@ class CachedSwitch:
 def _uses(
     ids: npt.NDArray[np.uint32], scores: npt.NDArray[np.float32] | None, num_experts: int
 ) -> list[tuple[int, int]]:
-    """(expert, number of selections) ordered by last use, numbers from `num_experts` on left out.
+    """(expert, number of selections), those worth keeping last, numbers from `num_experts` on left out.
 
-    Tokens count in their order; within a token the experts are touched from the highest score to the lowest (equal
-    scores: lower number first), as the paper's author does, so the best expert of a token is the oldest of its k.
+    Several tokens: by number of selections, and by last use among equals. Tokens count in their order; within a token
+    the experts are touched from the highest score to the lowest (equal scores: lower number first), as the paper's
+    author does, so the best expert of a token is the oldest of its k.
     """
     if len(ids) == 1:  # one token: NumPy's fixed costs would be ten times the work
         row: list[int] = ids[0].tolist()
@@ -301,4 +302,4 @@ def _uses(
     experts, last, counts = np.unique(ids.ravel()[::-1], return_index=True, return_counts=True)
     oldest_first = np.argsort(-last)
     oldest_first = oldest_first[experts[oldest_first] < num_experts]
-    return list(zip(experts[oldest_first].tolist(), counts[oldest_first].tolist(), strict=True))
+    return hottest_last(list(zip(experts[oldest_first].tolist(), counts[oldest_first].tolist(), strict=True)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_moecache.errors import UsageError
 from mlx_moecache.eviction import EVICTION
-from mlx_moecache.residents import Load, Residents
+from mlx_moecache.residents import Load, Residents, hottest_last
 
 EXPERTS, K = 10, 3
 tokens = st.lists(st.permutations(range(EXPERTS)).map(lambda p: p[:K]), min_size=1, max_size=40)
@@ -323,3 +323,7 @@ class TestHistory:
                 r.touch([(e, t) for e in needed], tokens=t)
             orders.append(r.eviction_order())
         assert orders == [[2, 3, 0, 1], [0, 1, 2, 3]]
+
+
+def test_what_a_prompt_selected_most_often_leaves_last() -> None:
+    assert hottest_last([(7, 1), (3, 4), (5, 1), (2, 2), (9, 2)]) == [(7, 1), (5, 1), (2, 2), (9, 2), (3, 4)]

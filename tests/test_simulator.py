@@ -181,7 +181,7 @@ class TestChunks:
         def watch(call: int, missing: Sequence[int], loads: Sequence[Load]) -> None:
             selected = layer.own[layer.calls[call] : layer.calls[call + 1]].ravel().tolist()
             by_last_use = [e for i, e in enumerate(selected) if e not in selected[i + 1 :]]
-            assert calls[call].needed == by_last_use
+            assert calls[call].needed == sorted(by_last_use, key=selected.count)  # those selected most often last
             assert set(missing) == set(selected) - there
             assert sorted(x.expert for x in loads) == sorted(missing)
             expected[calls[call].decode] += sum(e not in there for e in selected)

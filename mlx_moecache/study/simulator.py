@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..residents import Load, Residents
+from ..residents import Load, Residents, hottest_last
 from ..strategies import Strategy
 from .belady import Belady
 from .recurrence import Counts, LayerRecurrence
@@ -47,7 +47,7 @@ class Call:
     first: int
     rows: int
     decode: bool
-    uses: list[tuple[int, int]]  # (expert, selections), ordered by last use
+    uses: list[tuple[int, int]]  # (expert, selections), those that the cache keeps longest last
 
     @property
     def needed(self) -> list[int]:
@@ -68,7 +68,7 @@ def calls_of(layer: LayerTrace) -> Iterator[Call]:
             for row in rows[first:end]:
                 for e in row:
                     counts[e] = counts.pop(e, 0) + 1  # to the end: the order is that of the last use
-            uses = list(counts.items())
+            uses = hottest_last(list(counts.items()))
         yield Call(i, first, end - first, phase, uses)
 
 
