@@ -103,6 +103,7 @@ class ForwardShape:
     experts: int  # intermediates of all pairs of a token, computed at once because all experts are resident
     decode: int  # bytes that a decode step needs, sampling included
     decode_ahead: int  # bytes of the next layer, which is under way already where not every layer reads the host
+    decode_growth: int  # what of these is there only while a KV cache grows: then partly resident layers do not run on
     array: int  # the largest single array
     prompt: int | None = None  # tokens of the longest prompt, None: any; one chunk of so many finds no KV cache to grow
     kv_copy: int = 0  # what of attention_fixed is there only while a KV cache grows: its old buffer, zeros behind it
@@ -127,7 +128,8 @@ class ForwardShape:
             unseen = 0 if self.window is None else max(0, self.keys - self.window - chunk)
             at_once = self.prompt is not None and chunk >= self.prompt
             prefill = self._of_chunk(chunk, unseen, 0 if at_once else self.kv_copy, complete, partly) - self.kv_reply
-        return SLACK + max(self.decode + self.decode_ahead, prefill)
+        ahead = self.decode_ahead if complete else self.decode_ahead - self.decode_growth
+        return SLACK + max(self.decode + ahead, prefill)
 
     def _of_prompt(self, prompt: int, chunk: int, complete: bool, partly: bool) -> int:
         """The last whole chunk sees less than the rest that follows it, and finds a smaller KV cache."""

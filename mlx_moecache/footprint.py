@@ -159,6 +159,7 @@ def estimate(
         prefill,
         decode=whole.decode,
         decode_ahead=whole.decode_ahead,
+        decode_growth=whole.decode_growth,
         array=whole.array,
         prompt=prompt,
         kv_reply=reply,
@@ -223,6 +224,7 @@ def forward_shape(
         experts=size * widest(lambda b: b.k * (D + 2 * b.inner_dims + 2 * b.output_dims + _beside(b, D))),
         decode=0,
         decode_ahead=0,
+        decode_growth=kv_copy,
         array=max(
             (context if window is None else min(context, window + CHUNKS[0])) * scores,
             size * widest(lambda b: b.k * max(D, b.inner_dims, b.output_dims)),

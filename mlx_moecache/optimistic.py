@@ -172,7 +172,8 @@ class Optimist:
         return output
 
     def _can_join(self, call: _Call) -> bool:
-        return not call.kwargs.keys() & {"x", "h"} and all(c.is_trimmable() for c in call.kv_caches)
+        """A KV cache that grows now needs room for its copy, which is there for one layer at a time."""
+        return all(c.is_trimmable() and getattr(c, "offset", 1) % getattr(c, "step", 256) for c in call.kv_caches)
 
     @property
     def _pending(self) -> int:
