@@ -103,8 +103,8 @@ class ForwardShape:
     experts: int  # intermediates of all pairs of a token, computed at once because all experts are resident
     decode: int  # bytes that a decode step needs, sampling included
     decode_ahead: int  # bytes of the next layer, which is under way already where not every layer reads the host
-    decode_growth: int  # what of these is there only while a KV cache grows: then partly resident layers do not run on
     array: int  # the largest single array
+    decode_growth: int = 0  # of decode_ahead, what a growing KV cache takes: partly resident layers do not run on then
     prompt: int | None = None  # tokens of the longest prompt, None: any; one chunk of so many finds no KV cache to grow
     kv_copy: int = 0  # what of attention_fixed is there only while a KV cache grows: its old buffer, zeros behind it
     kv_reply: int = 0  # of the KV cache, what is there only when the prompt has been read

@@ -155,7 +155,6 @@ FORWARD = ForwardShape(
     experts=15_000,
     decode=400_000,
     decode_ahead=50_000,
-    decode_growth=0,
     array=12_000,
 )
 MB = 10**6
@@ -178,7 +177,6 @@ forward_shapes = st.builds(
     experts=st.integers(0, 200_000),
     decode=st.integers(0, 10 * MB),
     decode_ahead=st.integers(0, MB),
-    decode_growth=st.just(0),
     array=st.integers(0, 50_000),
 )
 prefill_step_sizes = st.none() | st.integers(1, 4096)
