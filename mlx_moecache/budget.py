@@ -18,6 +18,7 @@ AUTO_RESERVE = 1 / 8  # of RAM, which auto leaves of what is available: experts 
 TRANSIENT_SHARE = 0.25  # of what is left beside resident weights and KV: larger chunks are not worth the slots
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens per prefill chunk that the planner may choose
 USEFUL_CHUNK = 256  # tokens; all experts are made resident only if a chunk of this size still fits beside them
+MARGIN = 64  # a part so large is added to what a chunk is computed to need: tiny models of two types took 1 % more
 SLACK = 2**17  # bytes for what is too small to be named: masks, indices, scalars, rounding
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -153,7 +154,7 @@ class ForwardShape:
             if self.overlaps:
                 lazy = min(chunk, self.wave_pairs // self.k)
                 peak = max(peak, lazy * (self.attention + self.experts + self.outputs) + fixed)
-        return chunk * self.held + peak
+        return chunk * self.held + peak + peak // MARGIN
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def _scores(names: set[str], text: Mapping[str, Any], heads: int, size: int, qua
         query = int(text.get("qk_nope_head_dim") or 0) + (0 if absorbed else int(text.get("qk_rope_head_dim") or 0))
         value = int(text.get("v_head_dim") or 0)
     fused = not system.on_cpu() and not quantized_kv and query == value and query in FUSED_HEADS
-    copies = 0 if fused else 3 if "sinks" in names else 1
+    copies = 0 if fused else 3 if any("sink" in n for n in names) else 1
     if not absorbed:
         return copies * heads * size, 0
     return (copies + 1) * heads * size, heads * (query + value) * size
