@@ -197,10 +197,10 @@ class ExpertCache:
 
         Raises UsageError for an unknown spec, UnsupportedModelError if a router cannot be biased.
         """
-        if isinstance(strategy, str) or self.choose_strategy is not None:
-            if self.choose_strategy is None:
-                raise UsageError("this cache was built without a model; give it a strategy object")
+        if self.choose_strategy is not None:
             strategy = self.choose_strategy(strategy)
+        elif isinstance(strategy, str):
+            raise UsageError("this cache was built without a model; give it a strategy object")
         self.strategy = strategy
         for x in self.layers:
             if x.seam is not None:

@@ -122,19 +122,20 @@ class Optimist:
             return call.run(*call.args, **call.kwargs)
         if self._chained is None:
             return self._learn(call)
+        joins = self.chooser.span > 1 and self._can_join(call)
         if self._calls:
             if call.args[0] is not self._calls[-1].output:
                 raise UnsupportedModelError("the layers of this model changed how they are connected; load it again")
-            if self._pending >= self.chooser.span or not self._can_join(call):
+            if self._pending >= self.chooser.span or not joins:
                 call.args = (self._settle(), *call.args[1:])
-        if not self._can_join(call) or self.chooser.span == 1:
+        if not joins:
             output = call.run(*call.args, **call.kwargs)
         else:
             self._run(call)
             leaves = call.number == self._last or not self._chained[call.number + 1]
             output = self._settle() if leaves else call.output
         if call.number == self._last:
-            self._end()
+            self._on = False
         return output
 
     def _begin(self, call: _Call) -> None:
@@ -154,9 +155,6 @@ class Optimist:
         self._began = now, stats.wait_seconds, stats.host_reads
         self.missed = self.run = 0
 
-    def _end(self) -> None:
-        self._on = False
-
     def _learn(self, call: _Call) -> Any:
         """Run as usual, and see whether the output of each layer is the input of the next one."""
         if call.number == 0:
@@ -168,7 +166,7 @@ class Optimist:
             if len(self._learned) == self._last + 1:
                 self._chained = self._learned
             self._before = None
-            self._end()
+            self._on = False
         return output
 
     def _can_join(self, call: _Call) -> bool:
