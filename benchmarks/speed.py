@@ -5,13 +5,22 @@
     python benchmarks/speed.py --suite flash --checkpoint olmoe --layers 2
     python benchmarks/speed.py --checkpoint demo --tokens 32 --rounds 30 --suite resident
 
-A configuration is text: slots=30|50%|all|all-1, routing=SPEC|stock|dense, flash=4x|500MB/s[+100us]|none, span=N|auto,
-and any option of the engine by its name (a field of CacheOptions or an attribute of the expert cache): overlaps=off,
-threads=8, eviction=decay, direct_io=off. `stock` is mlx-lm's own model, `dense` ours with experts that compute nothing.
-flash=4x is as slow as makes the misses of original routing take four times as long as computing.
+A configuration is text: slots=30|50%|all|all-1, routing=SPEC|stock|dense, flash=4x|500MB/s[+100us]|none,
+hostread=2ms (added to each look at the device), span=N|auto, lookahead=on|off, and any option of the engine by its name
+(a field of CacheOptions or an attribute of the expert cache): overlaps=off, threads=8, eviction=decay, direct_io=off.
+`stock` is mlx-lm's own model, `dense` ours with experts that compute nothing. flash=4x is as slow as makes the misses
+of original routing take four times as long as computing; in a suite that times prompts only, the reads of a prompt.
 
-Checkpoints have real layer shapes (speed_checkpoints.py), routing is replayed from the demo model (speed_replay.py),
-limits are explained in speed_limits.py. All reads are direct; the report says what share the device delivered.
+Suites, each with its own checkpoint and lengths (speed_suites.py):
+
+    standard, overlap, flash, resident, strategies    decode, one comparison each
+    span          optimistic decoding against looking after every layer, at host reads 0, 0.5 and 2 ms longer
+    look-ahead    the next layer's router asked early, on against off, at three speeds of flash
+    prefill       prompts: all experts resident, half of them compute-bound, half of them flash-bound
+
+With configurations, --suite gives the settings only. Checkpoints have real layer shapes (speed_checkpoints.py), routing
+is replayed from the demo model (speed_replay.py), limits are explained in speed_limits.py. All reads are direct; the
+report says what share the device delivered. speed_page.py makes a page of the records.
 """
 
 from __future__ import annotations
@@ -23,65 +32,30 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from common import environment, positive, run
-from speed_calibrate import resolve
 from speed_checkpoints import FAMILIES, cache_folder, synthetic_checkpoint
-from speed_limits import CONTROLS, parts
-from speed_price import prices
+from speed_compare import Settings, compare
+from speed_lines import lines_of
 from speed_replay import record
-from speed_report import allowed_lines, decode_figures, decode_lines, prefill_figures, prefill_lines
-from speed_rounds import START, measure_decode, measure_prefill
-from speed_setup import WARM, Side, parse_configuration
+from speed_setup import parse_configuration
+from speed_suites import DEMO, SUITES
 
 from mlx_moecache.demo import DEMO_NAME, demo_model
 from mlx_moecache.errors import UsageError
-
-BIASED = "routing=cache-prior:strength=0.1"
-SUITES = {
-    "standard": ("slots=50%", "slots=50% overlaps=off", f"slots=50% {BIASED}", "slots=50% flash=1x", "slots=all"),
-    "overlap": ("slots=50% flash=1x overlaps=off", "slots=50% flash=1x"),
-    "span": ("slots=all-1 span=1", "slots=all-1"),
-    "resident": ("routing=stock", "slots=all", f"slots=all {BIASED}"),
-    "flash": (
-        "slots=50% flash=4x",
-        f"slots=50% flash=4x {BIASED}",
-        "slots=50% flash=4x routing=cache-prior:strength=0.2",
-    ),
-    "strategies": tuple(
-        f"slots=50% routing={spec}"
-        for spec in (
-            "original",
-            "cache-prior",
-            "price:delta=0.02",
-            "mass-budget:delta=0.01",
-            "bounded-regret:epsilon=0.01",
-            "max-rank:m=8",
-            "cumsum:p=0.6",
-        )
-    ),
-}
-DEMO = "demo"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configurations", nargs="*", metavar="CONFIGURATION", help="such as 'slots=50%% overlaps=off'")
-    parser.add_argument(
-        "--suite", choices=SUITES, default="standard", help="without configurations (default: standard)"
-    )
-    parser.add_argument("--checkpoint", choices=[*FAMILIES, DEMO], default="qwen1.5-moe", help="(default: %(default)s)")
+    parser.add_argument("--suite", choices=SUITES, default="standard", help="(default: %(default)s)")
+    parser.add_argument("--checkpoint", choices=[*FAMILIES, DEMO], help="(default: the suite's)")
     parser.add_argument("--layers", type=positive, help="of a synthetic checkpoint (default: 3, qwen3-30b-a3b: 2)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept (default: the user's cache folder)")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="routing on the held-out ends of these files")
-    parser.add_argument("--rounds", type=positive, default=8, help="of two segments each (default: %(default)s)")
-    parser.add_argument("--tokens", type=positive, default=4, help="per segment (default: %(default)s)")
-    parser.add_argument(
-        "--warm-up", type=positive, default=8, help="tokens before the first round (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--prompt", type=int, default=0, help="tokens of a prompt, to time prefill (default: not timed)"
-    )
+    parser.add_argument("--rounds", type=positive, help="of two segments each (default: the suite's)")
+    parser.add_argument("--tokens", type=positive, help="per segment (default: the suite's)")
+    parser.add_argument("--warm-up", type=positive, help="tokens before the first round (default: the suite's)")
+    parser.add_argument("--prompt", type=positive, help="tokens of a prompt, to time prefill (default: the suite's)")
     parser.add_argument("--prompts", type=positive, default=3, help="prompts per configuration (default: %(default)s)")
     parser.add_argument("--no-limits", action="store_true", help="leave the controls out, and with them the limits")
     parser.add_argument("--json", action="store_true", help="print the line of JSON only")
@@ -90,74 +64,48 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = setup_arg_parser().parse_args(argv)
-    before = environment()
-    wanted = [parse_configuration(text) for text in args.configurations or SUITES[args.suite]]
-    if len({c.text for c in wanted}) < len(wanted):
+    before, show = environment(), not args.json
+    suite = SUITES[args.suite]
+    wanted = [
+        [parse_configuration(x) for x in c]
+        for c in ([args.configurations] if args.configurations else suite.comparisons)
+    ]
+    if any(len({c.text for c in comparison}) < len(comparison) for comparison in wanted):
         raise UsageError("two configurations are the same; a comparison with itself needs 'slots=50%' and 'slots=30'")
+    checkpoint = args.checkpoint or suite.checkpoint
+    settings = Settings(
+        rounds=args.rounds or suite.rounds,
+        tokens=args.tokens or suite.tokens,
+        warm_up=args.warm_up or suite.warm_up,
+        prompt=args.prompt or suite.prompt_for(checkpoint),
+        prompts=args.prompts,
+        decodes=suite.decodes,
+        limits=not args.no_limits,
+        show=show,
+    )
     keep = args.folder or cache_folder()
     recording = record(keep, args.text)
-    replayed = args.checkpoint != DEMO
-    folder = synthetic_checkpoint(args.checkpoint, keep, layers=args.layers) if replayed else demo_model()
-    timed = 1 + args.warm_up + 2 * args.rounds * args.tokens
-    resolved = resolve(wanted, folder, recording, tokens=timed, replayed=replayed)
-    context = max(START + timed, args.prompt) + 2
-    controls = [] if args.no_limits else [c for c in CONTROLS if c.text not in {w.text for w in resolved}]
-    sides: list[Side] = []
-    try:
-        for c in [*resolved, *controls]:
-            sides.append(Side(c, folder, recording, context=context, replayed=replayed))
-        shard = sorted(folder.glob("*.safetensors"))[0]
-        show = not args.json
-        rounds = measure_decode(
-            sides, rounds=args.rounds, tokens=args.tokens, warm_up=args.warm_up, shard=shard, show=show
-        )
-        ours = sides[: len(resolved)]
-        prompts = (
-            measure_prefill(ours, rounds=args.prompts, prompt=args.prompt, at=WARM + timed, show=show)
-            if args.prompt
-            else []
-        )
-    finally:
-        for side in sides:
-            side.close()
-    cached = next((s.cache for s in sides if s.cache is not None), None)
-    known = None
-    if not args.no_limits and cached is not None:
-        known = parts(rounds, layers=len(cached.layers), k=cached.layers[0].k)
-    names = [c.text for c in resolved]
-    figures = decode_figures(rounds, names, known, {c.text for c in resolved if c.flash is not None})
-    prefills = prefill_figures(prompts, names) if prompts else []
-    price = prices([s for s in ours if s.cache is not None])
-    raw = np.array([r.raw for r in rounds])
-    if show:
-        title = DEMO_NAME if not replayed else f"{FAMILIES[args.checkpoint].title} shapes"
-        layers = 0 if cached is None else len(cached.layers)
-        print(
-            f"{title}, {layers} layers; routing: {recording.source}; {args.rounds} rounds of 2 x {args.tokens} tokens"
-        )
-        for c in resolved:
-            if c.flash is not None and c.flash.bytes_per_second is not None:
-                print(f"flash of '{c.text}': {c.flash.bytes_per_second / 1e6:.4g} MB/s")
-        lines = decode_lines(figures, known, raw) + allowed_lines(figures, price)
-        print("\n".join(lines + (prefill_lines(prefills) if prefills else [])))
+    replayed = checkpoint != DEMO
+    folder = synthetic_checkpoint(checkpoint, keep, layers=args.layers) if replayed else demo_model()
+    found = []
+    for number, configurations in enumerate(wanted):
+        found.append(compare(configurations, settings, folder, recording, replayed=replayed))
+        if show and not number:
+            title = FAMILIES[checkpoint].title + " shapes" if replayed else DEMO_NAME
+            length = f"{settings.rounds} rounds of 2 x {settings.tokens} tokens" if settings.decodes else "prompts only"
+            print(f"{title}, {found[0].layers or 'no'} layers with a cache; routing: {recording.source}; {length}")
+        if show:
+            print("\n".join(["", *lines_of(found[-1])]), flush=True)
     record_ = {
         "benchmark": "speed",
         "environment": before,
-        "checkpoint": args.checkpoint,
+        "checkpoint": checkpoint,
         "suite": None if args.configurations else args.suite,
-        "layers": None if cached is None else len(cached.layers),
-        "experts": None if cached is None else cached.layers[0].num_experts,
-        "top_k": None if cached is None else cached.layers[0].k,
-        "bytes_per_expert": None if cached is None else cached.layers[0].bytes_per_expert,
         "routing_source": recording.source,
-        "rounds": args.rounds,
-        "tokens_per_segment": args.tokens,
-        "configurations": [asdict(c) for c in resolved],
-        "raw_bytes_per_second": np.quantile(raw, [0.25, 0.5, 0.75]).tolist(),
-        "parts": None if known is None else asdict(known),
-        "decode": [asdict(d) for d in figures],
-        "prefill": [asdict(p) for p in prefills],
-        "perplexity": price,
+        "rounds": settings.rounds if settings.decodes else 0,
+        "tokens_per_segment": settings.tokens,
+        "prompts": settings.prompts if settings.prompt else 0,
+        "comparisons": [asdict(c) for c in found],
     }
     print(json.dumps(record_))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from speed_replay import Recording, mapped
-from speed_rounds import START, segment
+from speed_rounds import START, measure_prefill, segment
 from speed_setup import WARM, Configuration, Flash, Side, slot_count
 
 from mlx_moecache.errors import UsageError
@@ -18,15 +18,22 @@ WARM_UP, TIMED = 4, 16  # tokens
 
 
 def resolve(
-    configurations: list[Configuration], folder: Path, recording: Recording, *, tokens: int, replayed: bool
+    configurations: list[Configuration],
+    folder: Path,
+    recording: Recording,
+    *,
+    tokens: int,
+    prompt: int = 0,
+    replayed: bool,
 ) -> list[Configuration]:
     """The configurations with speeds in bytes per second.
 
     "4x": under original routing with LRU and the same slots, the misses of the `tokens` tokens that will be timed take
     four times as long as computing. Computing is measured with reads that are not slowed down, their waiting left out.
+    With a `prompt` of so many tokens, the reads and the computing are those of a prompt instead.
     Raises UsageError where nothing is ever read.
     """
-    known: dict[str, tuple[float, float]] = {}  # slots -> seconds of compute, bytes per token
+    known: dict[str, tuple[float, float]] = {}  # slots -> seconds of compute, bytes; per token or prompt
     found = []
     for c in configurations:
         flash = c.flash
@@ -34,7 +41,18 @@ def resolve(
             found.append(c)
             continue
         if c.slots not in known:
-            known[c.slots] = _calibrate(c.slots, folder, recording, tokens, replayed)
+            side = Side(
+                Configuration("calibration", slots=c.slots),
+                folder,
+                recording,
+                context=max(512, prompt),
+                replayed=replayed,
+            )
+            try:
+                side.warm()
+                known[c.slots] = _prompt(side, prompt) if prompt else _token(side, recording, c.slots, tokens)
+            finally:
+                side.close()
         compute, nbytes = known[c.slots]
         if not nbytes:
             raise UsageError(f"with slots={c.slots} nothing is read, so flash={flash.times_compute:g}x has no meaning")
@@ -43,17 +61,19 @@ def resolve(
     return found
 
 
-def _calibrate(slots: str, folder: Path, recording: Recording, tokens: int, replayed: bool) -> tuple[float, float]:
-    side = Side(Configuration("calibration", slots=slots), folder, recording, context=512, replayed=replayed)
-    cache = side.cache
-    assert cache is not None
-    side.warm()
+def _token(side: Side, recording: Recording, slots: str, tokens: int) -> tuple[float, float]:
+    assert side.cache is not None
     side.begin(START, tokens=1 + WARM_UP + TIMED)
     side.advance(1 + WARM_UP)
     each = [segment(side, 1) for _ in range(TIMED)]
-    nbytes = _lru_bytes(cache, recording, slots, tokens)
-    side.close()
+    nbytes = _lru_bytes(side.cache, recording, slots, tokens)
     return float(np.median([s.seconds - s.stats.wait_seconds for s in each])), nbytes
+
+
+def _prompt(side: Side, prompt: int) -> tuple[float, float]:
+    (found,) = measure_prefill([side], rounds=1, prompt=prompt, at=WARM, show=False)
+    run = found[side.name]
+    return run.seconds - run.stats.wait_seconds, float(run.stats.bytes_read)
 
 
 def _lru_bytes(cache: ExpertCache, recording: Recording, slots: str, tokens: int) -> float:

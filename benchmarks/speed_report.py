@@ -1,4 +1,4 @@
-"""From rounds to figures per configuration, as a table and as a record."""
+"""From rounds to figures per configuration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from common import Array, Estimate, bootstrap
 from speed_limits import Limit, Parts, limit
 from speed_rounds import Prefill, Round, Segment
+from speed_setup import Configuration
 
 from mlx_moecache.stats import PhaseStats
 
@@ -32,8 +33,13 @@ class Decode:
     host_reads: float
     loads: float
     bytes_read: float
+    misses_per_layer: float | None  # None: it never looks
+    all_hit_share: float | None  # of the layers, those that missed nothing
     hit_rate: float | None
     swapped_share: float
+    read_ahead: float  # experts read before their layer had selected
+    read_ahead_used: float  # of them, those that it then missed
+    spans: tuple[int, float, int] | None  # layers that shared a look at the device: least, median, most over rounds
     bandwidth: float | None  # bytes per second while reading
     raw_share: Estimate | None  # of a sequential read of the same file; None with emulated flash or too few bytes
     hidden: float | None  # 1 - waiting / reading
@@ -55,6 +61,8 @@ class Prompt:
     read_seconds: float
     bytes_read: float
     bandwidth: float | None
+    flash_share: Estimate | None  # bytes / seconds to the first token / bandwidth of the emulated flash
+    reads_over_first: float | None  # seconds that the flash needs for the bytes / seconds of the first configuration
     cold: float | None
 
 
@@ -63,33 +71,34 @@ def per_token(segments: Sequence[Segment], name: str) -> float:
 
 
 def decode_figures(
-    rounds: Sequence[Round], names: Sequence[str], parts: Parts | None, emulated: set[str]
+    rounds: Sequence[Round], configurations: Sequence[Configuration], parts: Parts | None
 ) -> list[Decode]:
-    """Of every configuration; `emulated` are those whose flash is."""
-    first = [r.decode[names[0]] for r in rounds]
-    return [_decode(rounds, name, first, parts, name in emulated) for name in names]
+    """Of every configuration, ratios to the first."""
+    first = [r.decode[configurations[0].text] for r in rounds]
+    return [_decode(rounds, c, first, parts) for c in configurations]
 
 
-def _decode(
-    rounds: Sequence[Round], name: str, first: Sequence[Segment], parts: Parts | None, emulated: bool
-) -> Decode:
+def _decode(rounds: Sequence[Round], c: Configuration, first: Sequence[Segment], parts: Parts | None) -> Decode:
+    name = c.text
     segments = [r.decode[name] for r in rounds]
     seconds = np.array([s.seconds / s.tokens for s in segments])
     base = np.array([s.seconds / s.tokens for s in first])
     total = _sum([s.stats for s in segments])
-    found = None if parts is None else limit(rounds, name, parts)
+    found = None if parts is None else limit(rounds, name, parts, host_read=c.host_read)
     middle, waiting = float(np.median(seconds)), per_token(segments, "wait_seconds")
     asked = np.array([s.stats.bytes_read for s in segments], dtype=float)
     reading = np.array([s.stats.read_seconds for s in segments])
     raw = np.array([r.raw for r in rounds])
     share = None
-    if not emulated and asked.sum():
+    if c.flash is None and asked.sum():
         some = asked > 0
         share = bootstrap(asked[some] / reading[some] / raw[some], _median)
     before, now = per_token(first, "bytes_read"), per_token(segments, "bytes_read")
     waited, one = per_token(first, "wait_seconds"), float(np.median(base))
     allowed = one / (one - waited + waited * now / before) if before and waited else None
     host = None if found is None else found.host
+    calls = [call for s in segments for call in s.calls]
+    spans = [s.span for s in segments if s.span is not None]
     return Decode(
         name=name,
         tokens=sum(s.tokens for s in segments),
@@ -104,8 +113,13 @@ def _decode(
         host_reads=per_token(segments, "host_reads"),
         loads=per_token(segments, "loads"),
         bytes_read=now,
+        misses_per_layer=sum(missed for _, missed in calls) / len(calls) if calls else None,
+        all_hit_share=sum(not missed for _, missed in calls) / len(calls) if calls else None,
         hit_rate=total.hit_rate,
         swapped_share=total.swapped_share,
+        read_ahead=per_token(segments, "read_ahead"),
+        read_ahead_used=per_token(segments, "read_ahead_used"),
+        spans=(min(spans), float(np.median(spans)), max(spans)) if spans else None,
         bandwidth=float(asked.sum() / reading.sum()) if reading.sum() else None,
         raw_share=share,
         hidden=1 - float(total.wait_seconds / total.read_seconds) if total.read_seconds else None,
@@ -115,28 +129,31 @@ def _decode(
     )
 
 
-def prefill_figures(rounds: Sequence[dict[str, Prefill]], names: Sequence[str]) -> list[Prompt]:
-    found = []
-    base = np.array([r[names[0]].seconds for r in rounds])
-    for name in names:
-        runs = [r[name] for r in rounds]
-        seconds = np.array([x.seconds for x in runs])
-        total = _sum([x.stats for x in runs])
-        found.append(
-            Prompt(
-                name=name,
-                tokens=runs[0].tokens,
-                first_token_seconds=bootstrap(seconds, _median),
-                tps=runs[0].tokens / _median(seconds),
-                ratio=bootstrap(base / seconds, _median),
-                wait_seconds=total.wait_seconds / len(runs),
-                read_seconds=total.read_seconds / len(runs),
-                bytes_read=total.bytes_read / len(runs),
-                bandwidth=total.bytes_read / total.read_seconds if total.read_seconds else None,
-                cold=coldness([(x.device_bytes, x.stats.bytes_read) for x in runs]),
-            )
-        )
-    return found
+def prefill_figures(rounds: Sequence[dict[str, Prefill]], configurations: Sequence[Configuration]) -> list[Prompt]:
+    """Of every configuration, ratios to the first."""
+    first = [r[configurations[0].text] for r in rounds]
+    return [_prompt(c, [r[c.text] for r in rounds], first) for c in configurations]
+
+
+def _prompt(c: Configuration, runs: Sequence[Prefill], first: Sequence[Prefill]) -> Prompt:
+    seconds, base = (np.array([x.seconds for x in rows]) for rows in (runs, first))
+    asked = np.array([x.stats.bytes_read for x in runs], dtype=float)
+    total = _sum([x.stats for x in runs])
+    speed = None if c.flash is None else c.flash.bytes_per_second
+    return Prompt(
+        name=c.text,
+        tokens=runs[0].tokens,
+        first_token_seconds=bootstrap(seconds, _median),
+        tps=runs[0].tokens / _median(seconds),
+        ratio=bootstrap(base / seconds, _median),
+        wait_seconds=total.wait_seconds / len(runs),
+        read_seconds=total.read_seconds / len(runs),
+        bytes_read=float(asked.mean()),
+        bandwidth=total.bytes_read / total.read_seconds if total.read_seconds else None,
+        flash_share=None if speed is None else bootstrap(asked / seconds / speed, _median),
+        reads_over_first=None if speed is None else float(asked.mean()) / speed / _median(base),
+        cold=coldness([(x.device_bytes, x.stats.bytes_read) for x in runs]),
+    )
 
 
 def coldness(runs: Sequence[tuple[int | None, int]]) -> float | None:
@@ -155,89 +172,3 @@ def _sum(stats: Sequence[PhaseStats]) -> PhaseStats:
 
 def _median(values: Array) -> float:
     return float(np.median(values))
-
-
-# ---- lines ----
-
-
-def decode_lines(figures: Sequence[Decode], parts: Parts | None, raw: Array) -> list[str]:
-    lines = []
-    if parts is not None:
-        lines.append(
-            f"parts, ms per token: dense {1e3 * parts.dense:.2f}, experts {1e3 * parts.experts:.2f} "
-            f"({parts.layers} layers x {parts.k}); one host read {1e3 * parts.host_read:.3f}"
-        )
-    lines.append(f"sequential read of the same file: {np.median(raw) / 1e9:.2f} GB/s (quartiles {_quartiles(raw)})")
-    lines.append(
-        f"{'decode':5}{'tok/s':>24}{'/ first':>22}{'ms':>8}{'compute':>9}{'host':>7}{'wait':>8}{'h.reads':>8}"
-        f"{'MB':>7}{'GB/s':>7}{'/ raw':>7}{'hidden':>8}{'cold':>6}{'swapped':>8}"
-    )
-    for i, d in enumerate(figures, 1):
-        lines.append(f"{i}. {d.name}")
-        lines.append(
-            f"{'':5}{d.tps.format(2):>24}{d.ratio.format():>22}{_ms(d.seconds):>8}{_ms(d.compute_seconds):>9}"
-            f"{_ms(d.host_seconds):>7}{_ms(d.wait_seconds):>8}{d.host_reads:>8.2f}{d.bytes_read / 1e6:>7.2f}"
-            f"{_giga(d.bandwidth):>7}{'-' if d.raw_share is None else f'{d.raw_share.value:.2f}':>7}"
-            f"{_percent(d.hidden):>8}{'-' if d.cold is None else f'{d.cold:.2f}':>6}{_percent(d.swapped_share):>8}"
-        )
-        lines += [f"{'':5}{note}" for note in _notes(d)]
-    return lines
-
-
-def _notes(d: Decode) -> list[str]:
-    notes = []
-    if d.cold is not None and d.cold < COLD:
-        notes.append(f"NOT COLD: the device delivered {d.cold:.2f} of the bytes asked for")
-    if d.limit is not None:
-        x = d.limit
-        overlap = "" if x.overlap is None else f", overlap {x.overlap.format(2)}"
-        notes.append(
-            f"limit {_ms(x.limit)} ms ({_ms(x.with_late_experts)} with late experts, {_ms(x.in_turn)} in turn): "
-            f"over it {x.over.format()} (late {x.over_with_late.format()}){overlap}"
-        )
-    return notes
-
-
-def allowed_lines(figures: Sequence[Decode], prices: dict[str, str]) -> list[str]:
-    """Speed-up over the first configuration against what its fewer bytes allow."""
-    lines = []
-    for d in figures[1:]:
-        if d.allowed_ratio is None or d.bytes_read == figures[0].bytes_read:
-            continue
-        price = prices.get(d.name)
-        lines.append(
-            f"{d.name}: x {d.ratio.format()}; fewer bytes alone allow x {d.allowed_ratio:.3f}: "
-            f"{d.ratio.scaled(1 / d.allowed_ratio).format()} of it" + (f"; perplexity {price}" if price else "")
-        )
-    return lines
-
-
-def prefill_lines(figures: Sequence[Prompt]) -> list[str]:
-    lines = [
-        f"prefill of {figures[0].tokens} tokens",
-        f"{'':5}{'first token, s':>24}{'tok/s':>9}{'/ first':>22}{'wait s':>8}{'MB':>9}{'GB/s':>7}{'cold':>6}",
-    ]
-    for i, p in enumerate(figures, 1):
-        lines.append(f"{i}. {p.name}")
-        lines.append(
-            f"{'':5}{p.first_token_seconds.format():>24}{p.tps:>9.2f}{p.ratio.format():>22}{p.wait_seconds:>8.3f}"
-            f"{p.bytes_read / 1e6:>9.1f}{_giga(p.bandwidth):>7}{'-' if p.cold is None else f'{p.cold:.2f}':>6}"
-        )
-    return lines
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.2f}"
-
-
-def _giga(x: float | None) -> str:
-    return "-" if x is None else f"{x / 1e9:.2f}"
-
-
-def _percent(x: float | None) -> str:
-    return "-" if x is None else f"{100 * x:.0f}%"
-
-
-def _quartiles(values: Array) -> str:
-    low, high = np.quantile(values, [0.25, 0.75])
-    return f"{low / 1e9:.2f} {high / 1e9:.2f}"

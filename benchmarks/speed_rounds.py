@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 from expert_reads import BLOCK, block_buffer, device_bytes
 from speed_setup import Side
+from speed_waits import IdleControl
 from tqdm import tqdm
 
 from mlx_moecache.checkpoints.direct_io import open_shards
@@ -33,6 +34,8 @@ class Segment:
     stats: PhaseStats  # of these tokens
     device_bytes: int | None  # fetched from storage meanwhile; None where the system does not say
     calls: tuple[tuple[int, int], ...] = ()  # (experts that were there, experts that were missing) per layer and token
+    waits: tuple[float, ...] = ()  # seconds in which that layer waited for experts, or for a lengthened host read
+    span: int | None = None  # layers that share a look at the device, at the end
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,28 @@ class Round:
     decode: dict[str, Segment]
     raw: float  # bytes per second of a sequential read of the same file
     reads: dict[str, tuple[float, ...]]  # seconds to read 1 .. k experts with nothing else to do, per side that reads
+    idle: dict[str, float] = field(default_factory=dict)  # seconds per token that its waits cost beyond themselves
 
 
 class CountCalls:
-    """A usage listener that keeps how many experts each call found and missed."""
+    """A usage listener that keeps how many experts each call found and missed, and how long it waited."""
 
-    def __init__(self) -> None:
+    def __init__(self, waited: Callable[[], float]) -> None:
+        """waited: the seconds of waiting so far."""
         self.calls: list[tuple[int, int]] = []
+        self.waits: list[float] = []
+        self._waited, self._before = waited, waited()
 
     def used(self, layer: int, phase: str, experts: Sequence[int], missed: Sequence[int]) -> None:
+        now = self._waited()
         self.calls.append((len(experts) - len(missed), len(missed)))
+        self.waits.append(now - self._before)
+        self._before = now
 
 
 def segment(side: Side, tokens: int) -> Segment:
     """Let `side` compute `tokens` tokens more."""
-    counter = CountCalls()
+    counter = CountCalls(lambda: side.waited)
     stats = side.cache.stats.copy().decode if side.cache is not None else PhaseStats()
     if side.cache is not None:
         side.cache.listener = counter
@@ -69,7 +79,7 @@ def segment(side: Side, tokens: int) -> Segment:
         side.cache.listener = None
         stats = side.cache.stats.decode - stats
     fetched = None if before is None or after is None else after - before
-    return Segment(seconds, tokens, stats, fetched, tuple(counter.calls))
+    return Segment(seconds, tokens, stats, fetched, tuple(counter.calls), tuple(counter.waits), side.span)
 
 
 def joined(a: Segment, b: Segment) -> Segment:
@@ -77,17 +87,31 @@ def joined(a: Segment, b: Segment) -> Segment:
     stats.add(a.stats)
     stats.add(b.stats)
     fetched = None if a.device_bytes is None or b.device_bytes is None else a.device_bytes + b.device_bytes
-    return Segment(a.seconds + b.seconds, a.tokens + b.tokens, stats, fetched, a.calls + b.calls)
+    calls, waits = a.calls + b.calls, a.waits + b.waits
+    return Segment(a.seconds + b.seconds, a.tokens + b.tokens, stats, fetched, calls, waits, b.span)
 
 
 def measure_decode(
-    sides: Sequence[Side], *, rounds: int, tokens: int, warm_up: int, shard: Path, show: bool
+    sides: Sequence[Side],
+    *,
+    rounds: int,
+    tokens: int,
+    warm_up: int,
+    shard: Path,
+    show: bool,
+    idle: IdleControl | None = None,
+    idle_for: Sequence[str] = (),
 ) -> list[Round]:
-    """`rounds` rounds of two segments of `tokens` tokens each: forwards through the sides, then backwards."""
+    """`rounds` rounds of two segments of `tokens` tokens each: forwards through the sides, then backwards.
+
+    idle: then idles as the sides named in `idle_for` did in the second segment.
+    """
     for side in sides:
         side.warm()
         side.begin(START, tokens=1 + warm_up + 2 * rounds * tokens)
         side.advance(1 + warm_up)
+    if idle is not None:
+        idle.begin(idle_for, START, warm_up=warm_up, tokens=rounds * tokens)
     raw = RawReader(shard)
     alone = {s.name: ReadAlone(s.cache) for s in sides if s.cache is not None and s.cache.has_host_reads}
     found = []
@@ -96,7 +120,8 @@ def measure_decode(
             forwards = {s.name: segment(s, tokens) for s in sides}
             backwards = {s.name: segment(s, tokens) for s in reversed(sides)}
             decode = {s.name: joined(forwards[s.name], backwards[s.name]) for s in sides}
-            found.append(Round(decode, raw.speed(), {name: x.seconds() for name, x in alone.items()}))
+            excess = idle.excess({name: backwards[name] for name in idle_for}) if idle is not None else {}
+            found.append(Round(decode, raw.speed(), {name: x.seconds() for name, x in alone.items()}, excess))
     finally:
         raw.close()
     return found

@@ -15,6 +15,7 @@ from mlx_lm.generate import generate_step as stock_step
 from mlx_lm.generate import generation_stream
 from mlx_lm.utils import load_model
 from speed_replay import Clock, Recording, install, mapped
+from speed_waits import SlowHostReads
 
 from mlx_moecache.checkpoints.reader import EmulatedFlash
 from mlx_moecache.errors import UsageError
@@ -25,7 +26,9 @@ from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 STOCK, DENSE = "stock", "dense"  # beside routing specs: mlx-lm's own model; ours with experts that compute nothing
 WARM = 256  # tokens before the first one, from whose routing the cache is filled
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+_SECONDS = {"us": 1e-6, "ms": 1e-3}
 _KEPT = ("routing", "flash", "strength", "top_j")  # not engine options
+_OURS = ("slots", "routing", "flash", "hostread", "span", "lookahead")  # settings beside engine options
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Configuration:
     slots: str = "50%"  # per layer: "30", "50%", "all", "all-1"
     routing: str = "original"  # a spec, "stock" or "dense"
     flash: Flash | None = None
+    host_read: float = 0.0  # seconds that are added to each look at the device
     engine: tuple[tuple[str, str], ...] = ()  # fields of CacheOptions, or attributes of the expert cache
 
 
@@ -65,6 +69,8 @@ def parse_configuration(text: str) -> Configuration:
             found = replace(found, routing=value)
         elif key == "flash":
             found = replace(found, flash=parse_flash(value))
+        elif key == "hostread":
+            found = replace(found, host_read=parse_time(value))
         else:
             found = replace(found, engine=(*found.engine, (key, value)))
     return found
@@ -81,6 +87,14 @@ def parse_flash(text: str) -> Flash | None:
     if match[1]:
         return Flash(times_compute=float(match[1]), latency_seconds=latency)
     return Flash(bytes_per_second=float(match[2]) * _UNITS[match[3]], latency_seconds=latency)
+
+
+def parse_time(text: str) -> float:
+    """ "2ms", "100us" or "0", in seconds. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms)|0", text)
+    if match is None:
+        raise UsageError(f"{text!r} is no time; write 2ms, 100us or 0")
+    return float(match[1]) * _SECONDS[match[2]] if match[1] else 0.0
 
 
 def slot_count(text: str, experts: int) -> int:
@@ -105,6 +119,8 @@ class Side:
         self._base = WARM
         self.clock: Clock | None = None
         self.cache: ExpertCache | None = None
+        self.switches: list[nn.Module] = []  # of the MoE layers; none of mlx-lm's own model
+        self._slow: SlowHostReads | None = None
         self._reply: Iterator[Any] = iter(())
         if configuration.routing == STOCK:
             self.model, config = load_model(folder)
@@ -119,11 +135,14 @@ class Side:
             count = slot_count(configuration.slots, shape.num_experts)
             self.model = opened.load(MemoryOptions(slots=count, max_context=context), options)
             self.cache = self.model.expert_cache
+            self.switches = [block.switch for block in opened.blocks]
+            if configuration.host_read:
+                self._slow = SlowHostReads(configuration.host_read, self.cache, [b.cached for b in opened.blocks])
             for name, value in later:
                 set_attribute(self.cache, name, value)
             if configuration.routing == DENSE:
-                for block in opened.blocks:
-                    _compute_nothing(block.switch)
+                for switch in self.switches:
+                    _compute_nothing(switch)
         self.vocabulary = int(config["vocab_size"])
 
     @property
@@ -135,12 +154,25 @@ class Side:
         """MoE layers."""
         return len(self.model.layers) if self.cache is None else len(self.cache.layers)
 
+    @property
+    def waited(self) -> float:
+        """Seconds so far in which it waited for experts or, if these are lengthened, for the device."""
+        reads = 0.0 if self.cache is None else self.cache.reader.wait_seconds
+        return reads + (0.0 if self._slow is None else self._slow.slept)
+
+    @property
+    def span(self) -> int | None:
+        """How many layers share a look at the device now; None where there is none."""
+        if self.cache is None or self.cache.optimist is None or not self.cache.has_host_reads:
+            return None
+        return self.cache.optimist.chooser.span
+
     def _install(self, replayed: bool, k: int) -> None:
         if replayed:
             self.clock = install(self.model, self._recording, k)
 
     def warm(self) -> None:
-        """Make resident what original routing used last in the WARM tokens before the first one."""
+        """Make resident what original routing used last in the WARM tokens before the first, at the disk's speed."""
         if self.cache is None:
             return
         lists = []
@@ -148,10 +180,19 @@ class Side:
             z = mapped(self._recording.z, i, layer.num_experts, layer.k)[:WARM]
             order = np.argsort(z, axis=-1)[:, ::-1][:, : layer.k]  # best first: touched in this order
             lists.append([int(e) for row in order for e in row])
-        self.cache.warm([list(dict.fromkeys(reversed(x)))[::-1] for x in lists])
+        reader = self.cache.reader
+        flash, reader._flash = reader._flash, None  # a slow one would need minutes for this
+        try:
+            self.cache.warm([list(dict.fromkeys(reversed(x)))[::-1] for x in lists])
+        finally:
+            reader._flash = flash
 
     def begin(self, prompt: int, *, tokens: int, at: int | None = None) -> None:
         """Start a reply to `prompt` tokens of the text, from position `at` on; it runs as `advance` asks for tokens."""
+        self._reply = self.reply(prompt, tokens=tokens, at=at)
+
+    def reply(self, prompt: int, *, tokens: int, at: int | None = None) -> Iterator[Any]:
+        """The tokens of such a reply. Several may be under way at once if all begin at one position of the text."""
         start = self._base if at is None else at
         if self.clock is not None:
             self.clock.base = start
@@ -160,10 +201,8 @@ class Side:
         given = mx.array(ids[:prompt].astype(np.uint32))
         sampler = forced(mx.array(ids[prompt:].astype(np.uint32)))
         if self.cache is None:
-            self._reply = stock_step(given, self.model, max_tokens=tokens, sampler=sampler)
-        else:
-            options = StepOptions(max_tokens=tokens, sampler=sampler)
-            self._reply = generate_step(given, self.model, options)
+            return iter(stock_step(given, self.model, max_tokens=tokens, sampler=sampler))
+        return generate_step(given, self.model, StepOptions(max_tokens=tokens, sampler=sampler))
 
     def advance(self, tokens: int) -> None:
         """Compute so many tokens more, completely: what a model looks ahead is awaited, too."""
@@ -213,12 +252,17 @@ def set_attribute(cache: ExpertCache, name: str, value: str) -> None:
         if value != "auto":
             cache.optimist.chooser = FixedSpan(int(like(1, name, value)))  # type: ignore[assignment]
         return
+    if name == "lookahead":
+        wanted = like(True, name, value)
+        if cache.look_ahead is not None:
+            cache.look_ahead.enabled = wanted
+        elif wanted:
+            raise UsageError("this model has no look-ahead here; leave lookahead=on out")
+        return
     settable = {k: v for k, v in vars(cache).items() if isinstance(v, bool | int | float | str) and k[0] != "_"}
     if name not in settable:
-        options = sorted({f.name for f in fields(CacheOptions)} - set(_KEPT)) + sorted(settable)
-        raise UsageError(
-            f"the engine has no option {name!r}; there are slots, routing, flash, span, {', '.join(options)}"
-        )
+        options = [*_OURS, *sorted({f.name for f in fields(CacheOptions)} - set(_KEPT)), *sorted(settable)]
+        raise UsageError(f"the engine has no option {name!r}; there are {', '.join(options)}")
     setattr(cache, name, like(settable[name], name, value))
 
 

@@ -1,7 +1,7 @@
 """The memory budget: one figure for everything that we cause, turned into slots per layer. Numbers only, no arrays.
 
-Charged: resident weights, KV cache, transients of a forward pass, host buffers of the reader, slots. Not charged:
-the interpreter and its libraries, which are there before we begin.
+Charged: resident weights, KV cache, transients of a forward pass, host buffers of the reader, slots, and an overhead of
+what is in no array. Not charged: the interpreter and its libraries, which are there before we begin.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ AUTO_RESERVE = 1 / 8  # of RAM, which auto leaves of what is available: experts 
 TRANSIENT_SHARE = 0.25  # of what is left beside resident weights and KV: larger chunks are not worth the slots
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens per prefill chunk that the planner may choose
 USEFUL_CHUNK = 256  # tokens; all experts are made resident only if a chunk of this size still fits beside them
+STATE_STEP = 256  # tokens; mlx-lm's steps through a chunk in Mamba 2, of which two may be under way
 MARGIN = 64  # a part so large is added to what a chunk is computed to need: tiny models of two types took 1 % more
 SLACK = 2**17  # bytes for what is too small to be named: masks, indices, scalars, rounding
+# Bytes that the process grows by beyond arrays and host buffers: threads, Python objects, holes in the C allocator's
+# heaps. Measured on Linux with the demo model: up to 1.5 MB above MLX's peak (once 2.5), of which the margins of the
+# other parts cover 0.2 to 0.6.
+OVERHEAD = 2**20
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -111,9 +116,11 @@ class ForwardShape:
     kv_reply: int = 0  # of the KV cache, what is there only when the prompt has been read
     keys: int = 0  # tokens that `attention` lets a query see
     key: int = 0  # what of `attention` each of them costs
-    overlaps: bool = False  # attention is not all there is (state-space and linear layers): MLX computes further ahead
+    overlaps: bool = False  # attention of a kind that is not planned for by itself: MLX may compute further ahead
     window: int | None = None  # keys that the KV cache of every layer keeps beside the chunk's own; None: all
 
+    square: int = 0  # state-space layers work in steps of STATE_STEP tokens: per token and token of such a step
+    held_square: int = 0  # the same, but kept like `held`
     step: int = 0  # tokens by which plain KV caches grow; 0: they are not plain
     kv_step: int = 0  # bytes of all KV caches for so many tokens
     kv_layer_step: int = 0  # those of the largest layer
@@ -133,20 +140,32 @@ class ForwardShape:
         return SLACK + max(self.decode + ahead, prefill)
 
     def _of_prompt(self, prompt: int, chunk: int, complete: bool, partly: bool) -> int:
-        """The last whole chunk sees less than the rest that follows it, and finds a smaller KV cache."""
+        """The last whole chunk sees less than the rest that follows it, and finds a smaller KV cache.
+
+        A KV cache grows in the rest if that begins at a step, and in the last whole chunk that begins at one.
+        """
         end = (prompt - 1) // chunk * chunk  # the last token is a pass of its own
-        rest = self._of_chunk(max(1, prompt - 1 - end), 0, self.kv_copy if end else 0, complete, partly)
+        grows = end > 0 and end % self.step == 0
+        rest = self._of_chunk(max(1, prompt - 1 - end), 0, self.kv_copy if grows else 0, complete, partly)
         if not end:
             return rest - self.kv_reply
-        before, after = (-(-n // self.step) for n in (end - chunk, end))
-        copied = after * self.kv_layer_step if after > before > 0 else 0  # the old buffer, and zeros behind it
-        whole = self._of_chunk(chunk, self.keys - end, copied, complete, partly)
-        return max(rest, whole - (-(-prompt // self.step) - after) * self.kv_step) - self.kv_reply
+        steps = -(-prompt // self.step)
+
+        def whole(begin: int, copies: bool) -> int:
+            after = -(-(begin + chunk) // self.step)
+            copied = after * self.kv_layer_step if copies and begin else 0  # the old buffer, and zeros behind it
+            needed = self._of_chunk(chunk, self.keys - begin - chunk, copied, complete, partly)
+            return needed - (steps - after) * self.kv_step
+
+        last = end - chunk
+        return max(rest, whole(last, False), whole(last // self.step * self.step, True)) - self.kv_reply
 
     def _of_chunk(self, chunk: int, unseen: int, kv_copy: int, complete: bool, partly: bool) -> int:
         """unseen: keys less than `keys` that a query sees. kv_copy: while a KV cache grows, beside its new buffer."""
         fixed = self.attention_fixed - self.kv_copy + kv_copy
-        attention = chunk * (self.attention - unseen * self.key) + fixed
+        step = min(chunk, STATE_STEP)
+        steps = step**2 + min(chunk - step, STATE_STEP) ** 2  # two are under way
+        attention = chunk * (self.attention - unseen * self.key) + fixed + self.square * steps
         waves = chunk * self.outputs + min(chunk * self.k, self.wave_pairs) * self.pair
         peak = max(attention, chunk * self.combine, waves if partly or self.overlaps else 0)
         if complete:
@@ -154,7 +173,7 @@ class ForwardShape:
             if self.overlaps:
                 lazy = min(chunk, self.wave_pairs // self.k)
                 peak = max(peak, lazy * (self.attention + self.experts + self.outputs) + fixed)
-        return chunk * self.held + peak + peak // MARGIN
+        return chunk * self.held + self.held_square * step**2 + peak + peak // MARGIN
 
 
 @dataclass(frozen=True)
@@ -170,9 +189,15 @@ class MemoryPlan:
     slots_per_layer: tuple[int, ...]
     prefill_step_size: int  # tokens per prefill chunk
     forward: ForwardShape  # where `transient` comes from
+    overhead: int = 0  # of the process, beside MLX and host buffers
 
     @property
     def total(self) -> int:
+        return self.buffers + self.overhead
+
+    @property
+    def buffers(self) -> int:
+        """What MLX and the reader hold: the total without the overhead."""
         return self.resident + self.kv + self.transient + self.host_buffers + self.slots
 
     @property
@@ -188,7 +213,8 @@ class MemoryPlan:
         if self.budget is None:
             return None
         largest = self.forward.array * self.prefill_step_size
-        return max(0, self.budget - self.resident - slots - self.host_buffers - largest - SLACK)
+        beside = self.resident + self.host_buffers + self.overhead
+        return max(0, self.budget - beside - slots - largest - SLACK)
 
     def parts(self) -> dict[str, int]:
         return {
@@ -197,6 +223,7 @@ class MemoryPlan:
             "transients": self.transient,
             "host_buffers": self.host_buffers,
             "slots": self.slots,
+            "overhead": self.overhead,
         }
 
 
@@ -207,6 +234,7 @@ def plan_memory(
     resident: int,
     kv: int,
     host_buffers: int,
+    overhead: int = 0,
     budget: int | None = None,
     slots: int | Sequence[int] | None = None,
     prefill_step_size: int | None = None,
@@ -233,7 +261,7 @@ def plan_memory(
         whole = [s == x.num_experts for s, x in zip(counts, layers, strict=True)]
         transient = max(forward.transient(chunk, complete=any(whole), partly=not all(whole)), copied(counts))
         size = sum(s * x.bytes_per_expert for s, x in zip(counts, layers, strict=True))
-        return MemoryPlan(budget, resident, kv, transient, host_buffers, size, tuple(counts), chunk, forward)
+        return MemoryPlan(budget, resident, kv, transient, host_buffers, size, tuple(counts), chunk, forward, overhead)
 
     if slots is not None:
         wanted = [slots] * len(layers) if isinstance(slots, int) else list(slots)
@@ -270,7 +298,7 @@ def plan_memory(
     def partly(s: int) -> list[int]:
         return [max(x.k, min(s, x.num_experts - 1)) for x in layers]
 
-    left = budget - resident - kv - host_buffers
+    left = budget - resident - kv - host_buffers - overhead
     complete = any(s == x.num_experts for s, x in zip(partly(0), layers, strict=True))
     least, most = (forward.transient(c, complete=complete) for c in (chunks[-1], chunks[0]))
     room = left - min(max(int(TRANSIENT_SHARE * left), least), max(least, most))

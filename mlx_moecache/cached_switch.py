@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .expert_cache import ExpertCache, LayerExperts
+from .guess import Guess
 from .observer import RoutedCall, Scores
 from .optimistic import Optimist, Unchecked
 from .residents import Load, Wave, hottest_last
@@ -77,7 +78,8 @@ class CachedSwitch:
             if optimist.records:
                 return self._unchecked(x, indices, optimist)
             optimist.run += 1
-        ids, scores, swapped = self._read_host(indices.reshape(rows, -1), seen)
+        guess = self._guess(x) if rows == 1 and cache.look_ahead is not None else None
+        ids, scores, swapped = self._read_host(indices.reshape(rows, -1), seen, guess)
         uses = _uses(ids, scores, self.num_experts)
         needed = [e for e, _ in uses]
         missed = [e for e in needed if e not in layer.residents]
@@ -88,7 +90,7 @@ class CachedSwitch:
             y = self._in_waves(x, ids, waves, seen).reshape(*indices.shape, -1)
             layer.residents.touch(uses, rows)
         else:
-            y = self._one_token(x, indices.shape, ids.ravel().tolist(), layer.residents.plan(needed), seen)
+            y = self._one_token(x, indices.shape, ids.ravel().tolist(), layer.residents.plan(needed), seen, guess)
             layer.residents.touch(uses)
             layer.pool.track(y)
         selections = sum(n for _, n in uses)
@@ -138,11 +140,17 @@ class CachedSwitch:
         return self._table[1]
 
     def _one_token(
-        self, x: mx.array, shape: Sequence[int], experts: Sequence[int], loads: Sequence[Load], stats: PhaseStats
+        self,
+        x: mx.array,
+        shape: Sequence[int],
+        experts: Sequence[int],
+        loads: Sequence[Load],
+        stats: PhaseStats,
+        guess: Guess | None,
     ) -> mx.array:
         """[.., K, D] outputs of `experts` [K] for one token, `shape` [.., K]; `loads` bring the missing ones.
 
-        Those that are there are computed while the others are read.
+        Those that are there are computed while the others are read, and behind them what is guessed for the next layer.
         """
         layer, cache = self.layer, self.cache
         missing = {x.expert for x in loads}
@@ -150,10 +158,12 @@ class CachedSwitch:
         size, hits_count = layer.bytes_per_expert, len(experts) - len(late)
         pays = cache.overlaps and cache.pace.pays(len(loads) * size, hits_count * size)
         if not late or len(late) == len(experts) or not pays:
-            cache.load(layer, loads, stats)
+            with cache.loading(layer, loads, stats, joining=True):
+                self._read_ahead(guess, stats)
             return self._upstream(x, self._slots(experts, shape))
         early = [i for i, e in enumerate(experts) if e not in missing]
         with cache.loading(layer, loads, stats):
+            self._read_ahead(guess, stats)
             hits = self._upstream(x, self._slots([experts[i] for i in early], [*shape[:-1], len(early)]))
             began = time.perf_counter()
             mx.eval(hits)
@@ -162,6 +172,18 @@ class CachedSwitch:
         place = sorted(range(len(experts)), key=(early + late).__getitem__)
         return mx.take(mx.concatenate([hits, misses], axis=-2), mx.array(place, dtype=mx.uint32), axis=-2)
 
+    def _guess(self, x: mx.array) -> Guess | None:
+        """What the next layer may select, if it pays to know."""
+        ahead = self.cache.look_ahead
+        if ahead is None or self.cache.observers or (self.cache.optimist and id(self) in self.cache.optimist.known):
+            return None
+        guesser = ahead.guesser_after(self.number)
+        return None if guesser is None else guesser.guess(x)
+
+    def _read_ahead(self, guess: Guess | None, stats: PhaseStats) -> None:
+        if guess is not None and self.cache.look_ahead is not None:
+            self.cache.look_ahead.begin(guess, stats)
+
     def _slots(self, experts: Sequence[int], shape: Sequence[int]) -> mx.array:
         """Slot numbers of `experts` as [.., K]; those that compute nothing have weight 0, so any slot will do."""
         residents = self.layer.residents
@@ -169,7 +191,7 @@ class CachedSwitch:
         return mx.array(slots, dtype=mx.uint32).reshape(tuple(shape))
 
     def _read_host(
-        self, indices: mx.array, stats: PhaseStats
+        self, indices: mx.array, stats: PhaseStats, guess: Guess | None = None
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32] | None, int]:
         """The layer's only host read: selected experts [T, K], their scores [T, K], number of swapped selections.
 
@@ -182,6 +204,8 @@ class CachedSwitch:
         if known is not None:
             return known.ids, known.scores, known.swapped
         earlier = self.layer.pool.take_unfenced()
+        if guess is not None:
+            earlier += [guess.ids, guess.scores]
         stats.host_reads += 1
         if seen is None:
             self._wait(stats, indices, *earlier)

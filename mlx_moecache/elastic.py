@@ -111,6 +111,7 @@ class ElasticSlots:
     clock: Callable[[], float] = time.monotonic
     governor: PressureGovernor = field(default_factory=PressureGovernor)
     resizes: list[Resize] = field(default_factory=list)
+    beside: int = 0  # tokens of room in another KV cache, which is kept meanwhile
 
     def __post_init__(self) -> None:
         self._plan = self.stages[0].prefill  # what the model was loaded with
@@ -129,7 +130,7 @@ class ElasticSlots:
         if now >= self._next_poll:
             self.governor.poll(self.source.level())
             self._next_poll = now + POLL_SECONDS
-        plan, share = self._plan_for(context, phase), self.governor.share
+        plan, share = self._plan_for(context + self.beside, phase), self.governor.share
         if plan is self._plan and share == self._share:
             return
         slots = granted(plan.slots_per_layer, self.least, share)

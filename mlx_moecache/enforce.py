@@ -145,6 +145,6 @@ def account_of(
             Holder("read buffers", host_buffers, planned["host_buffers"]),
             Holder(INTERPRETER, baseline, baseline),
             *([Holder(FREED, freed, None)] if freed else []),
-            Holder(OTHER, beside - freed, None),
+            Holder(OTHER, beside - freed, planned["overhead"]),
         ),
     )

@@ -24,6 +24,8 @@ from .slots import SlotPool
 from .stats import CacheStats, Phase, PhaseStats
 
 if TYPE_CHECKING:
+    from .budget import MemoryPlan
+    from .look_ahead import LookAhead
     from .optimistic import Optimist
 
 FILL_BATCH = 16  # experts per read while a layer is filled: enough to keep all threads busy
@@ -56,6 +58,14 @@ class LayerExperts:
     def bytes_per_expert(self) -> int:
         return self.extents.bytes_per_expert
 
+    def requests(self, expert: int, views: Sequence[memoryview]) -> list[ReadRequest]:
+        """Reads of `expert` into `views`, one per component."""
+        e = self.extents
+        return [ReadRequest(e.shards[c][expert], e.offsets[c][expert], view) for c, view in enumerate(views)]
+
+    def requests_into(self, expert: int, slot: int) -> list[ReadRequest]:
+        return self.requests(expert, [self.pool.view(c, slot) for c in range(len(self.extents.nbytes))])
+
 
 class ExpertCache:
     """All MoE layers of one model, their common reader, routing strategy and statistics.
@@ -72,9 +82,11 @@ class ExpertCache:
         self.overlaps = True  # compute what is there while the rest is read, where that pays
         self.pace = ReadPace()
         self.optimist: Optimist | None = None  # set by loading
+        self.look_ahead: LookAhead | None = None  # set by loading
         self.listener: UsageListener | None = None
         self.choose_strategy: Callable[[Strategy | str], Strategy] | None = None  # set by loading; see set_strategy
-        self.plan_slots: Callable[[str | int], list[int]] | None = None  # memory -> slots per layer, set by loading
+        self.plan_slots: Callable[[str | int], MemoryPlan] | None = None  # memory -> plan, set by loading
+        self.adopt_plan: Callable[[MemoryPlan], None] = lambda plan: None  # called when the slots are those of the plan
         self._phase: Phase | None = None
         self._closed = False
         for x in self.layers:
@@ -116,49 +128,62 @@ class ExpertCache:
 
         Raises ReadError; residents, their order and the bytes in the slots are then as they were before.
         """
-        if not loads:
-            return
-        requests = self._prepare(layer, loads)
-        bytes_before, seconds_before = self.reader.bytes_read, self.reader.read_seconds
-        began = time.perf_counter()
-        try:
-            self.reader.read(requests)
-        except BaseException:
-            self._restore(layer, loads)
-            raise
-        finally:
-            stats.bytes_read += self.reader.bytes_read - bytes_before
-            stats.read_seconds += self.reader.read_seconds - seconds_before
-            seconds = time.perf_counter() - began
-            stats.wait_seconds += seconds
-            self.pace.observe(self.reader.bytes_read - bytes_before, seconds)
-        self._publish(layer, loads, stats)
+        with self.loading(layer, loads, stats, joining=True):
+            pass
 
     @contextmanager
-    def loading(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> Iterator[None]:
+    def loading(
+        self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats, *, joining: bool = False
+    ) -> Iterator[None]:
         """The same while the block runs, which may compute with every slot that `loads` do not write.
 
-        If the block or a read fails, residents, their order and the bytes in the slots are as they were before.
+        joining: the block will not take long. If the block or a read fails, residents, their order and the bytes in
+        the slots are as they were before.
         """
+        ahead = self.look_ahead
+        staged = {} if ahead is None else ahead.claim(layer, loads, stats)
         if not loads:
             yield
+            if ahead is not None:
+                ahead.ended(layer, 0.0, 0.0)
             return
-        pending = self.reader.start(self._prepare(layer, loads))
+        undisturbed = ahead is None or not (staged or ahead.is_reading)
+        try:
+            requests = self._prepare(layer, [x for x in loads if x.expert not in staged])
+            pending = self.reader.start(requests, joining=joining and not staged)
+        except BaseException:
+            if ahead is not None:
+                ahead.release(list(staged.values()))
+            raise
+        batches = [pending, *(x.pending for x in staged.values())]
+        began = returned = time.perf_counter()
         try:
             try:
                 yield
             except BaseException:
                 pending.cancel()
                 raise
-            pending.wait()
+            returned = time.perf_counter()
+            for batch in batches:
+                batch.wait()
+            for x in loads:
+                if x.expert in staged:
+                    staged[x.expert].copy_to(x.slot)
         except BaseException:
             self._restore(layer, loads)
             raise
         finally:
+            waited = time.perf_counter() - returned
+            if ahead is not None:
+                ahead.release(list(staged.values()))
             stats.bytes_read += pending.bytes_read
-            stats.read_seconds += pending.read_seconds
-            stats.wait_seconds += pending.wait_seconds
-            self.pace.observe(pending.bytes_read, pending.read_seconds)
+            stats.read_seconds += sum(x.read_seconds for x in batches)
+            stats.wait_seconds += waited
+            if undisturbed:
+                self.pace.observe(pending.bytes_read, pending.read_seconds)
+        if ahead is not None:
+            otherwise = self.pace.read_per_byte * layer.bytes_per_expert * len(loads)
+            ahead.ended(layer, waited, max(0.0, otherwise - (returned - began)))
         self._publish(layer, loads, stats)
 
     def _prepare(self, layer: LayerExperts, loads: Sequence[Load]) -> list[ReadRequest]:
@@ -166,7 +191,7 @@ class ExpertCache:
         if self._closed:
             raise ReadError(f"{layer.path} needs experts from disk, but its cache is closed; load the model again")
         layer.pool.fence()
-        return [r for x in loads for r in self._requests(layer, x.expert, x.slot)]
+        return [r for x in loads for r in layer.requests_into(x.expert, x.slot)]
 
     def _publish(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
         layer.residents.publish(loads)
@@ -288,10 +313,12 @@ class ExpertCache:
         """
         if (slots is None) == (memory is None):
             raise UsageError("resize takes either slots or memory")
+        plan = None
         if memory is not None:
             if self.plan_slots is None:
                 raise UsageError("this cache was built without a memory plan; resize it by slots")
-            slots = self.plan_slots(memory)
+            plan = self.plan_slots(memory)
+            slots = plan.slots_per_layer
         assert slots is not None
         wanted = list(slots) if not isinstance(slots, int) else [slots] * len(self.layers)
         if len(wanted) != len(self.layers):
@@ -306,6 +333,8 @@ class ExpertCache:
         pairs = [(x, min(s, x.num_experts)) for x, s in zip(self.layers, wanted, strict=True)]
         for x, s in sorted(pairs, key=lambda pair: (pair[1] - pair[0].residents.capacity) * pair[0].bytes_per_expert):
             self._resize_layer(x, s)
+        if plan is not None:
+            self.adopt_plan(plan)
 
     def close(self) -> None:
         """Release the files. The model can then use only what is resident."""
@@ -313,11 +342,6 @@ class ExpertCache:
         self.reader.close()
 
     # ---- inside ----
-
-    def _requests(self, layer: LayerExperts, expert: int, slot: int) -> Iterator[ReadRequest]:
-        e = layer.extents
-        for c in range(len(e.nbytes)):
-            yield ReadRequest(e.shards[c][expert], e.offsets[c][expert], layer.pool.view(c, slot))
 
     def _exchange(self, wanted: Sequence[Sequence[int]]) -> int:
         """Make `wanted` of each layer resident in one read; the number of experts read."""
@@ -328,7 +352,7 @@ class ExpertCache:
             layer.pool.fence()
         try:
             self.reader.read(
-                [r for layer, loads in plans for x in loads for r in self._requests(layer, x.expert, x.slot)]
+                [r for layer, loads in plans for x in loads for r in layer.requests_into(x.expert, x.slot)]
             )
         except BaseException:
             for layer, loads in plans:
@@ -344,7 +368,7 @@ class ExpertCache:
         try:
             for victim, slot in list(lost.items()):
                 with suppress(ReadError):
-                    self.reader.read(list(self._requests(layer, victim, slot)))
+                    self.reader.read(layer.requests_into(victim, slot))
                     del lost[victim]
         finally:
             for victim in lost:  # their bytes are gone, also after a second Ctrl-C: they must not be found again

@@ -13,24 +13,24 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 
 from . import system
 from .budget import CHUNKS, SLACK, ForwardShape
 from .cached_switch import WAVE_ROWS
 from .moe_block import MoeBlock
+from .recurrent_shapes import recurrent_shape
 
+KNOWN_CACHES = (KVCache, RotatingKVCache, ArraysCache)
 KV_STEP = 256  # tokens by which mlx-lm's KV caches grow
 SAMPLING_ROWS = 16  # rows of 4 bytes per vocabulary entry: logits, log-probabilities, and top-p, top-k, min-p sorting
 ROUTER_ROWS = 6  # rows of 4 bytes per expert: logits, probabilities, the selection before it is cut to k, its scores
 PROJECTION_COPIES = 2  # a projection and what its rotation adds, averaged over q, k, v, o
 NORM_ROWS = 4  # normalised input, normalised output, what the attention returns, the new residual
 HELD_ROWS = 4  # local variables of the model's layers: residual, attention output, their sum, its norm
-SSM_ARRAYS = 6  # [heads, 256, 256] float32 arrays of a state-space layer, which works through a chunk in such steps
-SSM_STEP = 256
-SCAN_ARRAYS = 14  # [chunk, channels, state] float32 arrays of a token-by-token scan (Mamba 1), measured: 12 to 13
 MASK_BYTES = 1  # of the causal mask, per token and key
+CHUNKED_MASK_BYTES = 4 + 3  # of that of chunked attention: distances in chunks, and the masks that it is joined from
 FUSED_HEADS = (64, 80, 128)  # head sizes for which Metal never makes the scores of a chunk
 
 
@@ -76,6 +76,8 @@ def kv_cache_bytes(model: nn.Module, tokens: int, options: KVOptions, chunk: int
         first = min(_round_up(max(options.quantized_start, 1), chunk), tokens)  # the most that is there unquantised
         lengths = [0, first, tokens - first]
     cache = make_prompt_cache(model, max_kv_size=options.max_size)
+    if any(isinstance(c, RotatingKVCache) for c in cache):
+        lengths.append(1)  # a chunk leaves a rotating cache without room: the first single token makes it
     if lengths[0]:
         model(mx.zeros((1, lengths[0]), dtype=mx.int32), cache=cache)
     most = largest = 0
@@ -124,7 +126,7 @@ def estimate(
     """
     shortest, longest = (min(c, context) for c in ((chunk, chunk) if chunk else (CHUNKS[-1], CHUNKS[0])))
     least, layer = kv_cache_bytes(model, context, kv, shortest)
-    caches = make_prompt_cache(model, max_kv_size=kv.max_size)
+    caches = _flat(make_prompt_cache(model, max_kv_size=kv.max_size))
     window = kv.max_size if all(type(c) is RotatingKVCache for c in caches) else None
     most = least if shortest == longest else kv_cache_bytes(model, context, kv, longest)[0]
     growth = -(-max(0, most - least) // max(1, longest - shortest))
@@ -146,7 +148,7 @@ def estimate(
 
     whole = shape(context, layer)
     if not all(type(c) in (KVCache, RotatingKVCache) for c in caches):
-        return least, replace(whole, overlaps=True)
+        return least, replace(whole, overlaps=not all(type(c) in KNOWN_CACHES for c in caches))
     if prompt is None or prompt >= context:
         return least, whole
     # Until the prompt has been read, the KV cache and what attention sees are those of the prompt.
@@ -192,7 +194,8 @@ def forward_shape(
     D = hidden_dims(config, blocks)
     heads = int(text.get("num_attention_heads") or text.get("n_heads") or text.get("num_heads") or 1)
     vocabulary = int(text.get("vocab_size") or 0)
-    widths = [_widths(layer, blocks) for layer in model.layers]
+    indexed, idle = _indexer(model, context, size)
+    widths = [_widths(layer, blocks, idle) for layer in model.layers]
     attention = max((outside for outside, inside in widths if inside is not None), default=0)
     attention = attention or max((outside for outside, _ in widths), default=0)  # experts in layers of their own
     dense = max((outside if inside is None else inside for outside, inside in widths), default=0)
@@ -206,15 +209,19 @@ def forward_shape(
 
     # Expert outputs times their weights may be float32 whatever the model computes in.
     combine = size * (norms + dense) + widest(lambda b: b.k * b.output_dims) * (size + 4)
-    state_heads = int(text.get("mamba_num_heads") or text.get("mamba_n_heads") or 0)
-    scanned = max((a.size for a in _parameters(model, "A_log") if a.ndim == 2), default=0)  # channels x state
-    states = max(4 * SSM_ARRAYS * SSM_STEP * state_heads, 4 * SCAN_ARRAYS * scanned)
-    attended = max(context * (scores + MASK_BYTES), states)
+    mamba2 = bool(text.get("mamba_num_heads") or text.get("mamba_n_heads"))
+    recurrent = recurrent_shape(model, size, mamba2=mamba2)
+    mask = CHUNKED_MASK_BYTES if text.get("attention_chunk_size") else MASK_BYTES
+    key = scores + mask + indexed
+    attended = max(context * key, recurrent.token, _gathered(text, heads))
     held = size * HELD_ROWS * D + 4 * ROUTER_ROWS * widest(lambda b: b.num_experts) + kv_growth_per_token
+    held += recurrent.held
     shape = ForwardShape(
         held=held,
         attention=size * (norms + (PROJECTION_COPIES + query_norms) * attention) + attended,
-        attention_fixed=kv_copy + context * expanded,
+        attention_fixed=kv_copy + context * expanded + recurrent.fixed,
+        square=recurrent.square,
+        held_square=recurrent.held_square,
         combine=combine,
         outputs=size * widest(lambda b: b.k * b.output_dims),
         # Rows are gathered, gathered again in the switch's own order, and its outputs put back into ours.
@@ -226,12 +233,12 @@ def forward_shape(
         decode_ahead=0,
         decode_growth=kv_copy,
         array=max(
-            (context if window is None else min(context, window + CHUNKS[0])) * scores,
+            (context if window is None else min(context, window + CHUNKS[0])) * max(scores, indexed),
             size * widest(lambda b: b.k * max(D, b.inner_dims, b.output_dims)),
         ),
         kv_copy=kv_copy,
         keys=context,
-        key=scores + MASK_BYTES if attended == context * (scores + MASK_BYTES) else 0,
+        key=key if attended == context * key else 0,
         window=window,
     )
     layer = shape.transient(1, complete=True) - SLACK
@@ -239,11 +246,20 @@ def forward_shape(
     return replace(shape, decode=layer + kept + 4 * SAMPLING_ROWS * vocabulary, decode_ahead=layer)
 
 
-def _parameters(model: nn.Module, name: str) -> Iterator[mx.array]:
-    """The arrays of this name, of all modules."""
-    for module in model.modules():
-        if isinstance(module.get(name), mx.array):
-            yield module[name]
+def _flat(caches: Sequence[Any]) -> list[Any]:
+    """The KV caches of all layers, those of layers with several one by one."""
+    return [part for c in caches for part in (c.caches if isinstance(c, CacheList) else (c,))]
+
+
+def _indexer(model: nn.Module, context: int, size: int) -> tuple[int, set[int]]:
+    """Sparse attention picks keys by scores of its own: their bytes per query and key, and the ids of idle layers.
+
+    Heads' scores, their sum, the order of the keys, and two more masks; nothing but keys while all would be picked.
+    """
+    indexers = [m for m in model.modules() if "wq_b" in m and hasattr(m, "index_topk")]
+    if all(context <= m.index_topk for m in indexers):
+        return 0, {id(m[name]) for m in indexers for name in ("wq_b", "weights_proj")}
+    return max((m.n_heads + 1) * size + 4 + 2 * MASK_BYTES for m in indexers), set()
 
 
 def _round_up(n: int, step: int) -> int:
@@ -261,14 +277,25 @@ def _beside(block: MoeBlock, D: int) -> int:
     return (0 if plain else D + block.inner_dims) + (2 * block.inner_dims + block.output_dims if biased else 0)
 
 
-def _widths(layer: nn.Module, blocks: Sequence[MoeBlock]) -> tuple[int, int | None]:
-    """Outputs per token of the linear layers in `layer`: outside of its MoE block, and inside (None: it has none)."""
+def _gathered(text: Mapping[str, Any], heads: int) -> int:
+    """Bytes per token where each query gathers keys of its own (DeepSeek 4.1): rows, joined, in float32, and scores."""
+    if "compress_ratios" not in text:
+        return 0
+    picked = int(text.get("index_topk") or 0) if any(text["compress_ratios"]) else 0
+    return 4 * 3 * (int(text.get("sliding_window") or 0) + picked) * (int(text.get("head_dim") or 0) + heads)
+
+
+def _widths(layer: nn.Module, blocks: Sequence[MoeBlock], idle: set[int]) -> tuple[int, int | None]:
+    """Outputs per token of the linear layers in `layer`: outside of its MoE block, and inside (None: it has none).
+
+    idle: ids of modules whose outputs nothing uses.
+    """
     mine = {id(m) for m in layer.modules()}
     inner = [b.block for b in blocks if id(b.block) in mine and b.block is not layer]
     inside = {id(m) for block in inner for m in block.modules()}
     total = inner_total = 0
     for module in layer.modules():
-        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+        if isinstance(module, nn.Linear | nn.QuantizedLinear) and id(module) not in idle:
             width = int(module.weight.shape[0])
             total += width
             inner_total += width if id(module) in inside else 0

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from . import architectures, footprint, system
-from .budget import ForwardShape, LayerShape, MemoryPlan, parse_memory, plan_memory
+from .budget import OVERHEAD, ForwardShape, LayerShape, MemoryPlan, parse_memory, plan_memory
 from .checkpoints.checkpoint import read_index
 from .checkpoints.expert_layout import LayerExtents, locate_experts
 from .checkpoints.hub import resolve_model
@@ -28,7 +28,9 @@ from .elastic import ElasticSlots, Stage, stage_contexts
 from .errors import CheckpointError, UnsupportedModelError, UsageError
 from .expert_cache import ExpertCache, LayerExperts
 from .footprint import KVOptions
+from .guess import watching_norms
 from .lazy_model import build_lazily, one_line
+from .look_ahead import LookAhead, buffers_for
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
 from .optimistic import Optimist
 from .pressure import system_pressure
@@ -86,8 +88,10 @@ class OpenedModel:
         ]
         self._refuse_slow_dtypes()
         self._probe_shape = footprint.activation_dtype(self.model), footprint.hidden_dims(self.config, self.blocks)
-        # A forward pass that is built and thrown away shows every switch its k.
-        self.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self.model))
+        # A forward pass that is built and thrown away shows every switch its k, and which norm is before which block.
+        with watching_norms(self.model, self.blocks) as norms:
+            self.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self.model))
+        self.guessers = norms.guessers(self.blocks, self._probe_shape[1])
         self.resident = footprint.resident_bytes(self.model)
         self.trust_remote_code = trust_remote_code
 
@@ -154,6 +158,13 @@ class OpenedModel:
             found.append(Stage(context, prefill, decode))
         return found[::-1]
 
+    @property
+    def _staging_bytes(self) -> int:
+        """Of the host buffers for experts that are read ahead; 0: nobody could guess them."""
+        if not any(self.guessers):
+            return 0
+        return buffers_for(sum(b.num_experts for b in self.blocks)) * max(b.bytes_per_expert for b in self.blocks)
+
     def _check(self, options: MemoryOptions) -> None:
         if options.memory is not None and options.slots is not None:
             raise UsageError("give either memory or slots, not both: slots say how much memory the experts take")
@@ -186,7 +197,8 @@ class OpenedModel:
             forward,
             resident=self.resident,
             kv=kv,
-            host_buffers=host_buffers,
+            host_buffers=host_buffers + self._staging_bytes,
+            overhead=OVERHEAD,
             budget=budget,
             slots=options.slots,
             prefill_step_size=options.prefill_step_size,
@@ -206,6 +218,8 @@ class OpenedModel:
             strategy = self._strategy(cache.routing, cache.strength, cache.top_j, plan.slots_per_layer)
             self._refuse_unreachable(strategy, {b.path: NO_SEAM for b in self.blocks if b.seam is None})
             system.limit_buffer_cache()
+            if plan.budget is not None:
+                system.return_freed_memory()
             mx.eval(list(footprint.model_arrays(self.model)))
             tested = {b.path: b.self_test(*self._probe_shape) for b in self.blocks}
             self._refuse_unreachable(strategy, {path: reason for path, reason in tested.items() if reason})
@@ -224,14 +238,20 @@ class OpenedModel:
             ]
             expert_cache = ExpertCache(layers, reader, strategy)
             expert_cache.plan_slots = self._slot_planner(plan)
+            expert_cache.adopt_plan = self._adopt_plan
             expert_cache.choose_strategy = self._strategy_chooser(expert_cache, tested)
             for number, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
                 block.attach(expert_cache, layer, number)
         except BaseException:
             reader.close()
             raise
-        chooser = SpanChooser(len(layers), statistics.median(system.time_host_reads()[0]))
-        expert_cache.optimist = Optimist(self.model.layers, self.blocks, expert_cache, chooser)
+        host_read = statistics.median(system.time_host_reads()[0])
+        expert_cache.optimist = Optimist(
+            self.model.layers, self.blocks, expert_cache, SpanChooser(len(layers), host_read)
+        )
+        if self._staging_bytes:
+            buffers = buffers_for(sum(x.num_experts for x in layers))
+            expert_cache.look_ahead = LookAhead(layers, reader, self.guessers, buffers=buffers)
         self.model.expert_cache = expert_cache
         self.model.memory_plan = plan
         self.model.elastic_slots = self._elastic_slots(stages, expert_cache) if stages else None
@@ -287,23 +307,25 @@ class OpenedModel:
                 "use --exact (routing='original') to stream this model without the bias"
             )
 
-    def _slot_planner(self, first: MemoryPlan) -> Callable[[str | int], list[int]]:
+    def _adopt_plan(self, plan: MemoryPlan) -> None:
+        self.model.memory_plan = plan
+
+    def _slot_planner(self, first: MemoryPlan) -> Callable[[str | int], MemoryPlan]:
         shapes = self.layer_shapes
 
-        def slots(memory: str | int) -> list[int]:
-            plan = plan_memory(
+        def plan(memory: str | int) -> MemoryPlan:
+            return plan_memory(
                 shapes,
                 first.forward,
                 resident=first.resident,
                 kv=first.kv,
                 host_buffers=first.host_buffers,
+                overhead=first.overhead,
                 budget=budget_here(memory, held=first.resident + self.model.expert_cache.nbytes),
                 prefill_step_size=first.prefill_step_size,
             )
-            self.model.memory_plan = plan
-            return list(plan.slots_per_layer)
 
-        return slots
+        return plan
 
 
 def load(

@@ -46,7 +46,7 @@ class MoeBlock:
         # its router can be run alone.
         takes_x = _takes_only_x(around)
         self.block = around if takes_x else parents[0]
-        self._testable = around if takes_x else owner
+        self.routed = around if takes_x else owner  # what of it can be run alone
         self._run: Switch = self._probe
         self._strip()
         self._install()
@@ -65,15 +65,15 @@ class MoeBlock:
         exactly one selection. Otherwise returns the reason, and the layer must stay unbiased. The weights of the
         block are evaluated.
         """
-        if self.seam is None or self._testable is None:
+        if self.seam is None or self.routed is None:
             return NO_SEAM
         key = mx.random.key(len(self.path))  # its own key: the user's seed is not consumed
         x = mx.random.normal((1, PROBE_ROWS, hidden_dims), key=key).astype(dtype)
-        expected = _outputs(self._testable(x))
+        expected = _outputs(self.routed(x))
         mx.eval(expected)
         self.seam.enabled, self.seam.selections = True, 0
         try:
-            seen = _outputs(self._testable(x))
+            seen = _outputs(self.routed(x))
             mx.eval(seen)
         finally:
             self.seam.enabled = False
@@ -87,6 +87,27 @@ class MoeBlock:
         return None
 
     # ---- running ----
+
+    @property
+    def can_guess(self) -> bool:
+        """True if the router can be asked about inputs that never reach the experts."""
+        return self.seam is not None and self.routed is not None
+
+    def guess(self, x: mx.array) -> tuple[mx.array, mx.array] | None:
+        """x [1, 1, D] -> experts [1, k] that the router would select now, and their scores; lazy, and no trace stays.
+
+        What the block makes of outputs of experts is built, but never evaluated.
+        """
+        if self.seam is None or self.routed is None:
+            return None
+        run, self._run = self._run, self._no_experts
+        try:
+            return self.seam.guess(self.routed, x)
+        finally:
+            self._run = run
+
+    def _no_experts(self, x: mx.array, indices: mx.array) -> mx.array:
+        return mx.zeros((*indices.shape, self.output_dims), dtype=x.dtype)
 
     def attach(self, cache: ExpertCache, layer: LayerExperts, number: int) -> None:
         """Replace the probe by the cache: from here on the block computes. number: of this layer among MoE layers."""

@@ -63,6 +63,7 @@ class SelectionSeam:
         self.watched = False  # keep the router's own selection
         self.window: Window | None = None  # a text is scored: every token has residents of its own
         self.selections = 0  # final selections seen since the last reset, for the self-test
+        self._guesses = False  # the call is asked about an input that is not the token's
         self._observation: Observation | None = None
         self._logits: mx.array | None = None
         self._sigmoid = False  # the current call formed its scores with a sigmoid
@@ -76,6 +77,19 @@ class SelectionSeam:
         """The observation of the last router call, once."""
         observation, self._observation, self._logits = self._observation, None, None  # a chunk's scores are not small
         return observation
+
+    def guess(self, routed: nn.Module, x: mx.array) -> tuple[mx.array, mx.array] | None:
+        """[T, k] experts that the router selects for x in `routed`, which calls it, and their z; D stays as it is."""
+        enabled, self.enabled, self._guesses = self.enabled, True, True
+        try:
+            routed(x)
+        finally:
+            self.enabled, self._guesses = enabled, False
+        seen = self.take()
+        if seen is None:
+            return None
+        ids = seen.own if seen.selected is None else seen.selected
+        return None if ids is None else (ids, mx.take_along_axis(seen.scores, ids, axis=-1))
 
     # ---- the calls that the stand-in redirects ----
 
@@ -119,7 +133,7 @@ class SelectionSeam:
         else:
             other = mx.argpartition(sign * ranked, kth, axis=axis)
             chosen = mx.where(self._same(own[..., part], other[..., part]), own, other)
-        if z.shape[-1] > self.num_experts and self._observation is not None:
+        if self._observation is not None and (z.shape[-1] > self.num_experts or self._guesses):
             self._observation.selected = chosen[..., part].reshape(z.size // z.shape[-1], -1)
         return chosen
 
@@ -173,9 +187,9 @@ class SelectionSeam:
             return self.strategy.rank(z, p, resident.reshape(z.shape), means.reshape(*z.shape[:-1], 1), k)
         mean_range = None
         if self.strategy.uses_residents:
-            mean_range = self.range.observe(flat)
+            mean_range = self.range.mean if self._guesses else self.range.observe(flat)
         self._observation = Observation(flat, mean_range, None, in_logits=in_logits)
-        if self.watched:
+        if self.watched or self._guesses:
             self._observation.own = own.reshape(-1, k)
         mask = self.bias_mask(flat.shape[0])
         if mask is not None and self.num_experts < E:  # what computes nothing is always there

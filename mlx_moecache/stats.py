@@ -27,6 +27,8 @@ class PhaseStats:
     evictions: int = 0  # experts that gave their slot to one that was read
     host_reads: int = 0  # times a layer brought its selections to the host, which ends the device's run-ahead
     wait_seconds: float = 0.0  # wall time in which nothing could be computed until experts had been read
+    read_ahead: int = 0  # experts whose reads began before their layer had selected
+    read_ahead_used: int = 0  # of them, those that it then missed
     host_wait_seconds: float = 0.0  # wall time of these, including whatever was still to be computed before them
 
     @property
@@ -51,6 +53,8 @@ class PhaseStats:
         self.host_reads += more.host_reads
         self.wait_seconds += more.wait_seconds
         self.host_wait_seconds += more.host_wait_seconds
+        self.read_ahead += more.read_ahead
+        self.read_ahead_used += more.read_ahead_used
 
     def __sub__(self, earlier: PhaseStats) -> PhaseStats:
         return PhaseStats(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))

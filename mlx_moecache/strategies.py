@@ -343,4 +343,9 @@ class RunningRange:
         low = mx.where(z == -mx.inf, mx.inf, z)
         self.total = self.total + (z.max(axis=-1) - low.min(axis=-1)).sum()
         self.tokens += z.shape[0]
-        return self.total / self.tokens
+        return self.mean
+
+    @property
+    def mean(self) -> mx.array:
+        """D (a lazy scalar), 0 before the first token."""
+        return self.total / max(1, self.tokens)

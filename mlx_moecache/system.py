@@ -20,6 +20,8 @@ RUSAGE_INFO_V2, RUSAGE_INFO_V4 = 2, 4  # <sys/resource.h>; both structs are a uu
 FOOTPRINT, PEAK_FOOTPRINT = 7, 28  # which of these are ri_phys_footprint and ri_lifetime_max_phys_footprint
 HOST_VM_INFO64, VM_STATISTICS_INTS = 4, 38  # <mach/host_info.h>: the flavor, and the size of its struct in int32
 FREE, INACTIVE, PURGEABLE = 0, 2, 22  # which int32 of vm_statistics64 are these page counts
+M_MMAP_THRESHOLD = -3  # <malloc.h> of glibc
+RETURNED_AT_ONCE = 2**16  # bytes: smaller than the buffers of a prefill chunk, larger than those of most tokens
 CACHE_SHARE = 1 / 16  # of RAM: freed buffers that MLX may keep on Metal; its own limit is nearly all memory
 
 
@@ -186,6 +188,18 @@ def limit_buffer_cache() -> None:
     """Keep MLX from hoarding freed buffers on Metal, where its default limit is nearly all memory."""
     if recommended_working_set() is not None:
         mx.set_cache_limit(int(CACHE_SHARE * physical_memory()))
+
+
+def return_freed_memory() -> None:
+    """Have the C allocator give freed buffers back to the system at once (glibc; nothing elsewhere).
+
+    It learns from what is freed to keep blocks of up to 32 MB, and their holes count in the footprint: up to 29 MB more
+    than MLX's peak for a prompt of 1,500 tokens. Holds for the process, for good. Costs page faults: 4 to 5 % of the
+    CPU time of a prompt of 1,500 tokens.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_AT_ONCE)
 
 
 @contextmanager

@@ -103,8 +103,8 @@ class _WatchedLayer:
             self._z = np.array(seen.scores)[0]
             return seen
 
-        def watched_read(indices: mx.array, stats: PhaseStats) -> Any:
-            result = read_host(indices, stats)
+        def watched_read(indices: mx.array, stats: PhaseStats, guess: Any = None) -> Any:
+            result = read_host(indices, stats, guess)
             self._ids = result[0][0].tolist()
             return result
 

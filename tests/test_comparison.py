@@ -75,6 +75,7 @@ def resident_set(session: ChatSession) -> list[list[int]]:
 
 
 def test_each_answer_is_what_its_routing_gives_from_there(session: ChatSession) -> None:
+    session.model.expert_cache.look_ahead.enabled = False  # how much it reads in vain is a matter of time
     result = compare(session, Interrupt())
     cache, conversation = session.model.expert_cache, session.conversation
     kv, contents, biased = conversation.snapshot(), cache.contents(), cache.strategy
@@ -228,13 +229,27 @@ def test_a_failed_read_in_the_second_answer_puts_everything_back(
 
 
 def test_slots_that_give_way_to_the_kv_cache_come_back() -> None:
-    elastic = open_session(demo_model(), memory="13.5MB", elastic=True, max_context=290, max_tokens=20)
+    elastic = open_session(demo_model(), memory="20MB", elastic=True, max_context=1024, max_tokens=20)
     say(elastic, " ".join([STORY] * 24))
     assert len(elastic.conversation.tokens) > 256, "or the KV cache has not grown while the reply was written"
     before, moves = fingerprint(elastic), elastic.model.elastic_slots.resizes
     n = len(moves)
-    compare(elastic, Interrupt())
+    reserved: list[int] = []
+    compare(elastic, Interrupt(), lambda _: reserved.append(elastic.model.memory_plan.kv))
     assert {x.reason for x in moves[n:]} == {"room", "context"}
+    assert fingerprint(elastic) == before
+    held = sum(int(c.nbytes) for c in elastic.conversation.kv_cache)
+    assert min(reserved) > held and max(reserved) >= 2 * held, (
+        "the KV cache of before is kept beside that of the answer"
+    )
+
+
+def test_elastic_slots_have_no_room_for_two_kv_caches_beyond_the_longest_context() -> None:
+    elastic = open_session(demo_model(), memory="13.5MB", elastic=True, max_context=290, max_tokens=20)
+    say(elastic, " ".join([STORY] * 24))
+    before = fingerprint(elastic)
+    with pytest.raises(UsageError, match=r"twice, which takes .* are reserved for it"):
+        compare(elastic, Interrupt())
     assert fingerprint(elastic) == before
 
 

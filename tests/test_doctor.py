@@ -162,14 +162,14 @@ def test_the_peak_is_within_the_budget() -> None:
 
 
 def test_a_leak_exceeds_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    load, kept = ExpertCache.load, []
+    publish, kept = ExpertCache._publish, []
 
     def leaking(self: ExpertCache, *arguments: Any) -> None:
-        load(self, *arguments)
+        publish(self, *arguments)
         kept.append(mx.zeros(2**16))
         mx.eval(kept[-1])
 
-    monkeypatch.setattr(ExpertCache, "load", leaking)
+    monkeypatch.setattr(ExpertCache, "_publish", leaking)
     check = doctor_model.check_budget(DEMO_MODEL, *TINY.budget, quiet)
     assert check.failed
     assert re.match(r"[\d.]+ [KM]B over the budget: peak [\d.]+ MB of [\d.]+ MB ", check.text)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import Shelf, random_tokens, run_model, same_bits
 
 from mlx_moecache.checkpoints.expert_layout import ComponentSpec, LayerExtents
-from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
+from mlx_moecache.checkpoints.reader import ExpertReader, Pending, ReadRequest
 from mlx_moecache.errors import BudgetError, ReadError, UsageError
 from mlx_moecache.expert_cache import ExpertCache, LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
@@ -32,7 +32,7 @@ SHARDS = 2
 
 
 class FailingReader(ExpertReader):
-    """A reader whose next `read` calls do as the script says: "ok", "raise", or "scribble" and raise."""
+    """A reader whose next batches end as the script says: "ok", "raise", or "scribble" and raise."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         super().__init__(shards, threads=2)
@@ -40,14 +40,19 @@ class FailingReader(ExpertReader):
         self.forever: str | None = None
         self.interruption: type[BaseException] = ReadError
 
-    def read(self, requests: Sequence[ReadRequest]) -> None:
+    def _start(self, requests: Sequence[ReadRequest], *, ahead: bool, joining: bool) -> Pending:
         action = self.script.pop(0) if self.script else self.forever or "ok"
-        if action == "scribble":
-            for request in requests[: len(requests) // 2 + 1]:
-                request.view[:] = b"\xa5" * len(request.view)
-        if action != "ok":
+        if action == "ok":
+            return super()._start(requests, ahead=ahead, joining=joining)
+        batch = super()._start([], ahead=ahead, joining=joining)
+
+        def fail() -> None:
+            if action == "scribble":
+                scribble(requests[: len(requests) // 2 + 1])
             raise self.interruption("made up")
-        super().read(requests)
+
+        batch.wait = fail  # type: ignore[method-assign]
+        return batch
 
 
 class Bench:

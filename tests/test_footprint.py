@@ -87,6 +87,15 @@ class TestKVCacheBytes:
             planned, _ = kv_cache_bytes(model, 604, options, chunk)
             assert seen <= planned <= (128 + chunk) * per_token
 
+    @pytest.mark.parametrize("chunk", [32, 256])
+    def test_a_rotating_cache_that_is_not_full_makes_room_in_steps(
+        self, models: dict[str, nn.Module], chunk: int
+    ) -> None:
+        model, options = models["qwen2_moe"], KVOptions(max_size=512)
+        seen = kv_bytes_of_a_run(model, 300, 4, chunk, options)
+        planned, _ = kv_cache_bytes(model, 304, options, chunk)
+        assert seen <= planned <= 1.1 * seen
+
     def test_the_largest_layer_is_a_layer(self, models: dict[str, nn.Module]) -> None:
         total, largest = kv_cache_bytes(models["qwen2_moe"], 300, KVOptions(), 64)
         assert largest * 3 == total
@@ -137,8 +146,7 @@ def shape_of(
     config = {**tiny_config(like, **changes), "model_type": as_type or like}
     model = build_model(config)
     blocks = find_blocks(model)
-    for b in blocks:
-        b.k = int(config["num_experts_per_tok"])
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))  # shows each block its k
     return forward_shape(model, config, blocks, context=context, kv_copy=0, quantized_kv=quantized_kv)
 
 
@@ -182,6 +190,41 @@ class TestForwardShape:
         short, long = (shape_of("deepseek_v2", context=n, **v3) for n in (1000, 3000))
         assert (long.attention_fixed - short.attention_fixed) == 2000 * 4 * 4 * (16 + 32)
         assert scores_per_key("deepseek_v2", **v3) == 2 * 4 * 4
+
+    @pytest.mark.parametrize("index_heads", [4, 8])
+    def test_sparse_attention_scores_the_keys_once_more_to_pick_some(self, index_heads: int) -> None:
+        dense, picking = (
+            scores_per_key("glm_moe_dsa", index_n_heads=index_heads, index_topk=topk) for topk in (4000, 64)
+        )
+        # The scores of all heads and their sum, in float32; the order of the keys; two masks.
+        assert picking - dense == 4 * (index_heads + 1) + 4 + 2
+
+    def test_an_indexer_that_would_pick_all_keys_computes_no_queries(self) -> None:
+        few, many = (shape_of("deepseek_v32", index_n_heads=n) for n in (4, 64))
+        assert few.attention == many.attention
+        sparse = shape_of("deepseek_v32", index_n_heads=4, index_topk=64)
+        assert sparse.attention > few.attention + 2 * 4 * 4 * 128  # 4 heads of 128, and their rotation
+
+    def test_chunked_attention_makes_its_mask_in_parts(self) -> None:
+        assert scores_per_key("llama4") == 4 * 4 + 6
+
+    @pytest.mark.parametrize("model_type", ["qwen3_next", "kimi_linear"])
+    def test_a_delta_rule_without_kernel_keeps_a_state_for_each_token(
+        self, model_type: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on_cpu = shape_of(model_type, context=100)
+        monkeypatch.setattr(system, "on_cpu", lambda: False)
+        with_kernel = shape_of(model_type, context=100)
+        assert on_cpu.attention - with_kernel.attention > 4 * 4 * 32 * 32 - 100 * 4 * 4 * 3  # 4 heads of 32 x 32
+        assert (on_cpu.attention_fixed > 0) and with_kernel.attention_fixed < on_cpu.attention_fixed
+
+    def test_linear_attention_without_decay_has_no_kernel_anywhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(system, "on_cpu", lambda: False)
+        assert shape_of("bailing_moe_linear", context=100).attention_fixed >= 6 * 4 * 4 * 32 * 32
+
+    def test_each_convolution_keeps_its_input_until_the_chunk_ends(self) -> None:
+        few, many = (shape_of("qwen3_next", num_hidden_layers=n) for n in (3, 9))
+        assert many.held - few.held == 4 * 4 * (2 * 64 + 128)  # 4 more layers without attention, of so many channels
 
     def test_wider_experts_cost_more_per_pair_and_more_of_them_more_per_token(self) -> None:
         narrow, wide = shape_of("qwen2_moe"), shape_of("qwen2_moe", moe_intermediate_size=128)

@@ -29,7 +29,7 @@ from faulty_reads import after_each_read
 from mlx.utils import tree_flatten
 from tiny_models import build_model, tiny_config, write_checkpoint, write_weights
 
-from mlx_moecache.checkpoints.reader import ExpertReader, ReadRequest
+from mlx_moecache.checkpoints.reader import BOUNCE_BYTES, BOUNCES_PER_THREAD, ExpertReader, ReadRequest
 from mlx_moecache.console.interrupt import Interrupt, Interrupted
 from mlx_moecache.console.report import CacheUse, MemoryUse, Reply, statistics
 from mlx_moecache.console.terminal import StatusLine, make_streams_safe, write_notes
@@ -40,6 +40,7 @@ from mlx_moecache.simulate import main as simulate
 from mlx_moecache.stats import CacheStats, PhaseStats
 
 STORY = "Tell me a story about a fox."
+READ_AHEAD = 3 * 23_040  # bytes of three experts, the buffers of look-ahead
 SMALL = ["--slots", "20", "-m", "8", "-p", STORY]
 STOP_AT_ONCE = ["--extra-eos-token", *map(str, range(4096))]  # every token of the demo model ends the reply
 
@@ -198,8 +199,8 @@ def test_statistics_go_to_stderr_and_only_the_reply_to_stdout(command: Run) -> N
         (tokens, rf"8 tokens \(cut at --max-tokens\) · {rate} · prompt {rate} \(\d+ tokens\) · peak {size}"),
         (experts, rf"experts  {share} decode · {size}/token read · {share} prefill · [\d.e-]+ GB/s"),
         (cache, rf"cache    20/60 per layer, lru · cache-prior λ=0.1 J=2, {swaps}"),
-        (memory, rf"memory   weights {size} \+ slots {size} \+ KV {size} \+ transients {size}"),
-        (plan, rf"plan     {size} · measured {size} \([\d.]+ of it\) · process {size}"),
+        (memory, rf"memory   weights {size} \+ slots {size} \+ KV {size} \+ transients {size} \+ read buffers 69.1 KB"),
+        (plan, rf"plan     {size} and {size} overhead · measured {size} \([\d.]+ of it\) · process {size}"),
         (rest, rf"not charged: interpreter and libraries {size}"),
     ):
         assert re.fullmatch(pattern, line), line
@@ -219,7 +220,8 @@ def test_all_resident_is_said_and_has_no_percentages(command: Run) -> None:
 def test_direct_io_counts_its_buffers_and_reports_what_it_used(command: Run) -> None:
     result = figures(command(*SMALL, "--direct-io", "--json"))
     assert result["io_mode"] != "buffered"
-    assert (result["memory"]["host_buffers"] > 0) == (result["io_mode"] == "direct")
+    bounces = BOUNCES_PER_THREAD * 4 * BOUNCE_BYTES if result["io_mode"] == "direct" else 0
+    assert result["memory"]["host_buffers"] == bounces + READ_AHEAD
     assert (result["io_note"] is None) == (result["io_mode"] in ("direct", "nocache"))
 
 
@@ -260,9 +262,9 @@ def test_json_is_one_object_whose_figures_agree(command: Run) -> None:
     assert result["model"] == "demo_model" and result["eviction"] == "lru" and result["budget"] is None
     assert result["prompt_tps"] > 0 and result["decode_tps"] > 0
     memory = result["memory"]
-    assert sum(memory.values()) == result["peak_memory_bytes"]
+    assert sum(memory.values()) - memory["host_buffers"] == result["peak_memory_bytes"]
     assert memory["slots"] == result["plan"]["slots"] and memory["kv_cache"] == result["plan"]["kv_cache"]
-    assert result["plan"]["total"] == sum(result["plan"][part] for part in (*memory,))
+    assert result["plan"]["total"] == sum(result["plan"][part] for part in (*memory, "overhead"))
     assert result["peak_memory_bytes"] - held <= result["plan"]["total"]
     per_expert = result["plan"]["slots"] // 120
     for phase, rows in (("prefill", result["prompt_tokens"]), ("decode", 7)):
@@ -360,7 +362,7 @@ def test_differing_slots_bytes_and_thousands_are_written_for_people() -> None:
     memory = MemoryUse(3_120_000_000, 10**9, 15 * 10**8, 10**8, 2_000_000, None)
 
     class Plan:
-        budget, total = 4_000_000_000, 3_900_000_000
+        budget, buffers, overhead = 4_000_000_000, 3_900_000_000, 0
 
     assert statistics(reply, memory, cache, Plan(), seed=None) == [  # type: ignore[arg-type]
         "42 tokens (interrupted) · 31.4 tok/s · prompt 210.8 tok/s (1,200 tokens after 300 saved) · peak 3.12 GB",
@@ -504,19 +506,19 @@ def test_a_failed_read_ends_the_line_of_the_reply_first(command: Run, monkeypatc
 def test_whatever_happens_there_is_no_traceback(
     error: BaseException, code: int, line: str, command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: ExpertReader, requests: Sequence[Any]) -> None:
+    def fail(self: ExpertReader, requests: Sequence[Any], **how: bool) -> None:
         raise error
 
-    monkeypatch.setattr(ExpertReader, "read", fail)
+    monkeypatch.setattr(ExpertReader, "start", fail)
     assert command(*SMALL) == Done(code, "", line)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), ReadError("boom")])
 def test_debug_adds_the_traceback(error: Exception, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: ExpertReader, requests: Sequence[Any]) -> None:
+    def fail(self: ExpertReader, requests: Sequence[Any], **how: bool) -> None:
         raise error
 
-    monkeypatch.setattr(ExpertReader, "read", fail)
+    monkeypatch.setattr(ExpertReader, "start", fail)
     done = command(*SMALL, "--debug")
     assert done.out == "" and done.err.startswith("Traceback")
     assert done.err.splitlines()[-1].startswith("error: ") and "boom" in done.err.splitlines()[-1]

@@ -281,7 +281,7 @@ class TestFailure:
     def test_a_failed_read_ends_the_reply_and_the_next_one_is_right(
         self, shelf: Shelf, tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch, after: int
     ) -> None:
-        def fail(self: ExpertReader, requests: object) -> None:
+        def fail(self: ExpertReader, requests: object, **how: bool) -> None:
             raise ReadError("made up")
 
         model = load(shelf, slots=4)
@@ -289,7 +289,7 @@ class TestFailure:
         with monkeypatch.context() as patch, pytest.raises(ReadError, match="made up"):
             for _ in range(after):
                 next(replies)
-            patch.setattr(ExpertReader, "read", fail)
+            patch.setattr(ExpertReader, "start", fail)
             for _ in replies:
                 pass
         cache = model.expert_cache

@@ -59,11 +59,19 @@ def test_values_that_steer_the_routers_are_filled_in(memory_accuracy: object, tm
 
 
 def test_the_table_marks_what_is_off(memory_accuracy: object) -> None:
-    def measured(planned: int, peak: int) -> object:
-        return memory_accuracy.Measured(100, 8, 4, 4, 8, {}, planned, peak, None)  # type: ignore[attr-defined]
+    def measured(planned: int, peak: int, footprint: int | None = None) -> object:
+        parts = {"overhead": 10}
+        return memory_accuracy.Measured(100, 8, 4, 4, 8, parts, planned + 10, peak, footprint)  # type: ignore[attr-defined]
 
-    lines = memory_accuracy.table([measured(100, 98), measured(100, 90), measured(100, 101)])  # type: ignore[attr-defined]
-    assert [("beyond 5 %" in x, "ABOVE" in x) for x in lines[1:]] == [(False, False), (True, False), (False, True)]
+    rows = [measured(100, 98), measured(100, 90), measured(100, 101), measured(100, 98, 99), measured(100, 98, 101)]
+    lines = memory_accuracy.table(rows)  # type: ignore[attr-defined]
+    assert [("beyond 5 %" in x, "ABOVE" in x) for x in lines[1:]] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (False, False),
+        (False, True),
+    ]
 
 
 def test_a_plan_for_the_demo_model_is_within_5_percent(memory_accuracy: object) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
-from tiny_models import Shelf, random_tokens, tiny_config, write_checkpoint
+from tiny_models import ALL_TYPES, Shelf, random_tokens, tiny_config, write_checkpoint
 
 from mlx_moecache import system
 from mlx_moecache.budget import parse_memory
@@ -33,7 +34,7 @@ class Run:
     loading: int  # bytes at the peak until the model is loaded
     peak: int  # bytes at the peak of everything, host buffers included
     kept: int  # bytes of resident weights and slots
-    planned: int
+    planned: int  # without the overhead, which is in no array
     slots: int  # of the first layer
     chunk: int
     tokens: list[int]
@@ -93,21 +94,23 @@ def generate(
         loading,
         peak,
         plan.resident + experts.nbytes,
-        plan.total,
+        plan.buffers,
         experts.slots_per_layer[0],
         plan.prefill_step_size,
         tokens,
     )
 
 
-def smallest(path: Path, *, step: int | None = None, kv: KVOptions | None = None, direct: bool = False) -> str:
+def smallest(
+    path: Path, *, prompt: int = PROMPT, step: int | None = None, kv: KVOptions | None = None, direct: bool = False
+) -> str:
     """The budget that the refusal names, as printed, after making sure that nothing was loaded for it."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     opened = OpenedModel(path)
     options = MemoryOptions(
-        memory=1, max_context=PROMPT + REPLY, max_prompt=PROMPT, prefill_step_size=step, kv=kv or KVOptions()
+        memory=1, max_context=prompt + REPLY, max_prompt=prompt, prefill_step_size=step, kv=kv or KVOptions()
     )
     with pytest.raises(BudgetError) as error:
         opened.load(options, CacheOptions(direct_io=direct))
@@ -200,6 +203,8 @@ class TestOtherArchitectures:
             "jamba",
             "qwen3_next",
             "granitemoehybrid",
+            "glm_moe_dsa",
+            "llama4",
         ],
     )
     def test_the_smallest_budget_works(self, model_type: str, shelf: Shelf) -> None:
@@ -210,6 +215,52 @@ class TestOtherArchitectures:
     @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "gpt_oss", "jamba", "qwen3_next"])
     def test_all_experts_and_a_short_prompt_stay_within_the_plan(self, model_type: str, shelf: Shelf) -> None:
         run = generate(shelf.checkpoint(model_type), memory="400MB", prompt=100, reply=8)
+        assert run.peak <= run.planned
+
+    @pytest.mark.parametrize("model_type", ["glm_moe_dsa", "deepseek_v32", "llama4"])
+    def test_all_experts_and_a_long_prompt_take_little_less_than_planned(self, model_type: str, shelf: Shelf) -> None:
+        run = generate(shelf.checkpoint(model_type), memory="400MB", prompt=1100, reply=2)
+        assert run.chunk == 1100
+        assert run.peak <= run.planned <= 1.15 * run.peak
+
+    @pytest.mark.parametrize(
+        ("model_type", "changes"),
+        [
+            ("qwen3_next", {"num_hidden_layers": 12}),
+            ("granitemoehybrid", {"num_hidden_layers": 12, "layer_types": ["mamba"] * 11 + ["attention"]}),
+        ],
+        ids=["delta rule", "state space"],
+    )
+    def test_what_each_recurrent_layer_keeps_until_a_chunk_ends_is_planned_for(
+        self, model_type: str, changes: dict[str, Any], tmp_path: Path
+    ) -> None:
+        path = write_checkpoint(tmp_path / "model", tiny_config(model_type, **changes), tokenizer=True)
+        run = generate(path, slots=8, prompt=200, reply=2, step=64)
+        assert run.peak <= run.planned <= 1.2 * run.peak
+
+    def test_a_recurrence_in_a_loop_keeps_a_state_for_each_token(self, shelf: Shelf) -> None:
+        changes = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+        path = shelf.checkpoint("qwen3_next", **changes)
+        run = generate(path, slots=8, prompt=65, reply=2, step=64)
+        assert run.peak >= run.kept + 64 * 4 * 4 * 128 * 128  # 4 heads, float32
+        assert run.peak <= run.planned <= 1.2 * run.peak
+
+    def test_a_kv_cache_that_grows_before_the_last_chunk_is_planned_for(self, shelf: Shelf) -> None:
+        run = generate(shelf.checkpoint("mixtral"), slots=5, prompt=1100, reply=2, step=32)
+        assert run.peak <= run.planned
+
+    @pytest.mark.matrix
+    @pytest.mark.parametrize("prompt", [20, 100, 300, 600, 1100])
+    @pytest.mark.parametrize("model_type", [t for t in ALL_TYPES if t != "dbrx"])
+    def test_every_type_keeps_every_budget(self, model_type: str, prompt: int, shelf: Shelf) -> None:
+        """The smallest budget, with half of the experts more, what all of them need, and plenty."""
+        path = shelf.checkpoint(model_type)
+        least = parse(smallest(path, prompt=prompt))
+        options = MemoryOptions(memory="400MB", max_context=prompt + REPLY, max_prompt=prompt)
+        plenty = OpenedModel(path).plan(options)
+        for memory in (least, least + plenty.slots // 2, plenty.total):
+            assert generate(path, memory=str(memory), prompt=prompt).peak <= memory - plenty.overhead
+        run = generate(path, memory="400MB", prompt=prompt)
         assert run.peak <= run.planned
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_config, write_checkpoint
 
 from mlx_moecache import devices, system
-from mlx_moecache.budget import parse_memory
+from mlx_moecache.budget import OVERHEAD, parse_memory
 from mlx_moecache.console.emulation import reserve
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.devices import DEVICES, Figure
@@ -91,7 +91,7 @@ def test_a_device_plans_what_a_run_on_it_gets(
 ) -> None:
     monkeypatch.setattr(system, "process_footprint", lambda: 50_000_000)
     monkeypatch.setattr(system, "peak_footprint", lambda: 50_000_000)
-    limit = 50_000_000 + 20_500_000 + 8_800_000
+    limit = 50_000_000 + 20_500_000 + 8_800_000 + OVERHEAD
     made = replace(DEVICES["iphone-16-pro"], name="phone", app_limit=Figure(limit, "estimate: small"))
     monkeypatch.setitem(devices.DEVICES, "phone", made)
     facts = command("demo", "--device", "phone", "--max-context", "30", "--json").facts()

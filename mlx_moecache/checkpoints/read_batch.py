@@ -77,6 +77,7 @@ class Pending:
         self.unread = len(pieces)  # pieces that have not landed
         self.helpers = 0  # that read one of its pieces now
         self.landed = 0  # bytes
+        self.refused = 0  # bytes that the emulated device never delivered because the batch was given up
         self.landed_at = 0.0
         self.transfer: Transfer | None = None  # on the emulated device
         self.finished = not pieces  # its bytes and seconds are counted
@@ -99,6 +100,10 @@ class Pending:
         counts as read.
         """
         self._reader._cancel(self)
+
+    def drop(self) -> None:
+        """The same without waiting: the memory may be used again as soon as `is_idle`."""
+        self._reader._drop(self)
 
     def stop(self, failure: BaseException) -> None:
         """Discard the pieces nobody has taken. Of several failures the first counts, or an interrupt."""

@@ -106,13 +106,23 @@ class ExpertReader:
         """Fill the view of every request; returns when all bytes have landed. Failures are those of `Pending.wait`."""
         self._start(requests, ahead=False, joining=True).wait()
 
-    def start(self, requests: Sequence[ReadRequest], *, ahead: bool = False) -> Pending:
+    def start(self, requests: Sequence[ReadRequest], *, ahead: bool = False, joining: bool = False) -> Pending:
         """Begin to fill the view of every request on helper threads and return at once.
 
-        ahead: nobody needs it yet, so it gives way to batches that somebody needs. Raises ReadError if the reader is
-        closed.
+        ahead: nobody needs it yet, so it gives way to batches that somebody needs. joining: the caller is about to
+        wait, so one helper fewer is woken. Raises ReadError if the reader is closed.
         """
-        return self._start(requests, ahead=ahead, joining=False)
+        return self._start(requests, ahead=ahead, joining=joining)
+
+    def reserve(self, nbytes: int) -> memoryview:
+        """Host memory of the caller's, counted in `host_buffer_bytes`."""
+        self.host_buffer_bytes += nbytes
+        return memoryview(bytearray(nbytes))
+
+    def account(self) -> None:
+        """Note which batches have ended."""
+        with self._lock:
+            self._account()
 
     def close(self) -> None:
         """Drop what nobody waits for, stop the helpers and close the shards; waits for a running `wait()`.
@@ -129,9 +139,9 @@ class ExpertReader:
                 self._pool.shutdown(wait=True)
                 self._pool = None
             if self._arena is not None:
+                self.host_buffer_bytes -= self._arena.nbytes
                 self._arena.close()
                 self._arena = None
-                self.host_buffer_bytes = 0
             self._close_descriptors()
 
     def __enter__(self) -> "ExpertReader":
@@ -205,18 +215,22 @@ class ExpertReader:
                 # Its traceback holds this frame and the batch: a cycle would keep the caller's memory alive.
                 del failure
 
-    def _cancel(self, batch: Pending) -> None:
+    def _drop(self, batch: Pending) -> None:
         with self._lock:
-            if batch.finished:
+            if batch.finished or batch.gave_up:
                 return
             batch.pieces.clear()
             batch.gave_up, batch.landed_at = True, time.perf_counter()
+            if self._flash is not None and batch.transfer is not None:
+                saved = self._flash.cancel(batch.landed_at, batch.transfer)
+                batch.refused = round(self._flash.bytes_in(saved))
+            self._account()
+
+    def _cancel(self, batch: Pending) -> None:
+        self._drop(batch)
         try:
             with self._lock:
                 self._changed.wait_for(lambda: batch.is_idle)
-                if self._flash is not None and batch.transfer is not None:
-                    saved = self._flash.cancel(time.perf_counter(), batch.transfer)
-                    batch.landed = min(batch.landed, round(batch.nbytes - self._flash.bytes_in(saved)))
             self._sleep_until_delivered(batch)
         except BaseException as error:
             self._settle(batch, error)
@@ -330,8 +344,8 @@ class ExpertReader:
             self._busy_until = max(self._busy_until, end)
             batch.read_seconds = end - batch.started
             if batch.failure is None:
-                batch.bytes_read = batch.landed
-                self.bytes_read += batch.landed
+                batch.bytes_read = min(batch.landed, batch.nbytes - batch.refused)
+                self.bytes_read += batch.bytes_read
         if not self._under_way:
             self._read_seconds += self._busy_until - self._busy_since
 

@@ -55,10 +55,12 @@ def memory(argument: str, session: ChatSession, out: Console) -> None:
         ("KV cache", plan.kv, now.kv),
         ("transients", plan.transient, now.transients),
         ("read buffers", plan.host_buffers, now.host_buffers),
-        ("sum", plan.total, now.measured),
+        ("sum", plan.buffers, now.measured),
     ]
     lines = [_row("", "plan", "now")]
     lines += [_row(name, format_bytes(a), format_bytes(b)) for name, a, b in rows if a or b]
+    if plan.overhead:
+        lines.append(_row("overhead", format_bytes(plan.overhead), ""))
     if plan.budget is not None:
         lines.append(_row("budget", format_bytes(plan.budget), ""))
     lines.append("transients, sum: at the peak so far")

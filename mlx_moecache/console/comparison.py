@@ -101,7 +101,10 @@ def compare(session: ChatSession, interrupt: Interrupt, progress: Progress = lam
     _check_memory(session, len(prompt))
     start = _State(session)
     answers: list[Answer] = []
+    elastic = session.model.elastic_slots
     try:
+        if elastic is not None:
+            elastic.beside = -(-len(conversation.tokens) // KV_STEP) * KV_STEP
         cache.set_strategy(biased(session))
         other = cache.strategy
         moves = session.model.elastic_slots is not None  # so that not all need stay in memory
@@ -116,6 +119,8 @@ def compare(session: ChatSession, interrupt: Interrupt, progress: Progress = lam
             answers.append(_answer(session, prompt, interrupt, progress))
         reused = conversation.reused
     finally:
+        if elastic is not None:
+            elastic.beside = 0
         start.put_back()
         cache.set_strategy(start.strategy)
     seed = session.settings.seed if session.settings.temp > 0 else None
@@ -138,9 +143,9 @@ class _State:
 
     def put_back(self) -> None:
         cache = self._cache
-        # Elastic slots have followed the answer's KV cache; they know the way back, and give way before it grows.
-        make_room(self._session.model, len(self._conversation.tokens), "decode")
         self._session.conversation.restore(self._conversation)
+        # The answer's KV cache is gone now. Elastic slots have followed it, and know the way back.
+        make_room(self._session.model, len(self._conversation.tokens), "decode")
         if cache.slots_per_layer != self._slots:
             cache.resize(slots=self._slots)
         cache.restore(self._contents)
@@ -159,19 +164,21 @@ def _random_key() -> mx.array:
 def _check_memory(session: ChatSession, prompt: int) -> None:
     """Raise UsageError if a budget was given and the KV cache does not fit twice into what is reserved for it.
 
-    Elastic slots reserve for the tokens that are there, and give way to the answers only, not to the second cache.
+    Elastic slots give way to both, as far as the longest context that they were planned for.
     """
     conversation, plan = session.conversation, session.model.memory_plan
     held = sum(int(c.nbytes) for c in conversation.kv_cache)
-    if plan.budget is None or session.model.elastic_slots is not None or not conversation.tokens:
+    if plan.budget is None or not conversation.tokens:
         return
     longest = min(prompt + session.settings.max_tokens, conversation.max_context)
     step = held // -(-len(conversation.tokens) // KV_STEP)
     needed = held + -(-longest // KV_STEP) * step
-    if needed > plan.kv:
+    elastic = session.model.elastic_slots
+    reserved = plan.kv if elastic is None else elastic.stages[-1].prefill.kv
+    if needed > reserved:
         raise UsageError(
             f"/ab has the conversation's KV cache twice, which takes {format_bytes(needed, up=True)}, and "
-            f"{format_bytes(plan.kv)} are reserved for it; /clear shortens the conversation, /set max-tokens the "
+            f"{format_bytes(reserved)} are reserved for it; /clear shortens the conversation, /set max-tokens the "
             "answers, or start with a larger --max-context"
         )
 

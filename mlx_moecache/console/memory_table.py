@@ -38,7 +38,8 @@ def budget_rows(opened: OpenedModel, *, max_context: int, asked: Sequence[str]) 
                 everything.forward,
                 resident=everything.resident,
                 kv=everything.kv,
-                host_buffers=0,
+                host_buffers=everything.host_buffers,
+                overhead=everything.overhead,
                 budget=budget,
                 max_chunk=max_context,
             )

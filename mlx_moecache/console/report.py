@@ -193,8 +193,9 @@ def _memory_line(memory: MemoryUse, plan: MemoryPlan) -> str:
 
 def _plan_line(memory: MemoryUse, plan: MemoryPlan) -> str:
     """The plan beside what was measured: MLX's peak and our read buffers, and what the system saw."""
-    share = f" ({memory.measured / plan.total:.2f} of it)" if plan.total else ""
-    line = f"plan     {format_bytes(plan.total)} · measured {format_bytes(memory.measured)}{share}"
+    overhead = f" and {format_bytes(plan.overhead)} overhead" if plan.overhead else ""
+    share = f" ({memory.measured / plan.buffers:.2f} of it)" if plan.buffers else ""
+    line = f"plan     {format_bytes(plan.buffers)}{overhead} · measured {format_bytes(memory.measured)}{share}"
     if memory.footprint is None:
         return line
     return f"{line} · process {format_bytes(memory.footprint)}"

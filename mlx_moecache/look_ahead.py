@@ -1,0 +1,159 @@
+"""Look-ahead: experts that the next MoE layer will probably miss are read while this layer and attention compute.
+
+They land in host buffers, never in slots, and are copied when the layer has asked for them: residents, their order and
+every selection are those of a run without look-ahead. Reads that somebody waits for go first; what was guessed wrongly
+is dropped as soon as the layer has spoken. Plain Python: what is guessed comes from guess.py, whether that pays is
+judged by payoff.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .checkpoints.read_batch import Pending
+from .checkpoints.reader import ExpertReader
+from .errors import ReadError
+from .payoff import Payoff
+from .residents import Load
+from .stats import PhaseStats
+
+if TYPE_CHECKING:
+    from .expert_cache import LayerExperts
+    from .guess import Guess, Guesser
+
+
+MOST_BUFFERS = 4  # experts: guesses of the layer that reads now, and of the one that has just spoken
+EXPERTS_PER_BUFFER = 100  # of all layers: buffers take at most a hundredth of what the experts take
+GUESSES = 2  # experts per layer, at most
+
+
+def buffers_for(experts: int) -> int:
+    """How many experts may be read ahead at once in a model with so many, all layers together; below 2: none."""
+    buffers = min(MOST_BUFFERS, experts // EXPERTS_PER_BUFFER)
+    return buffers if buffers >= 2 else 0
+
+
+@dataclass
+class Staged:
+    """An expert that is being read into a buffer before its layer has asked for it."""
+
+    layer: LayerExperts
+    expert: int
+    buffer: memoryview
+    pending: Pending
+
+    def copy_to(self, slot: int) -> None:
+        """Its bytes have landed."""
+        for c, part in enumerate(_parts(self.layer, self.buffer)):
+            self.layer.pool.view(c, slot)[:] = part
+
+
+class LookAhead:
+    """Of one model. Not enabled, or without payoff, it asks for no guess and reads nothing."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerExperts],
+        reader: ExpertReader,
+        guessers: Sequence[Guesser | None],
+        *,
+        buffers: int,
+    ) -> None:
+        """guessers: one per layer. buffers: experts of the largest layer."""
+        self.enabled = True
+        self.payoff = Payoff()
+        self._layers, self._reader, self._guessers = layers, reader, guessers
+        size = max(x.bytes_per_expert for x in layers)
+        self._free = [reader.reserve(size) for _ in range(buffers)]
+        self._staged: list[Staged] = []
+        self._dropped: list[Staged] = []  # whose buffers may still be written
+        self._guessed: LayerExperts | None = None  # about which there is a guess
+        self._judged = False  # there was one about the layer that reads now
+        self._last: tuple[int, float] | None = None  # the layer that had the last chance, and when
+        self._waited = 0.0  # seconds since then
+
+    @property
+    def is_reading(self) -> bool:
+        """True if it may slow other reads down now."""
+        return bool(self._staged or self._dropped)
+
+    def guesser_after(self, number: int) -> Guesser | None:
+        """Who guesses for the MoE layer after `number`, None if nobody should now."""
+        following = number + 1
+        if following >= len(self._layers) or not self.enabled or self._layers[following].residents.is_complete:
+            return None
+        now = time.perf_counter()
+        if self._last is not None and self._last[0] == number - 1:
+            self.payoff.took(now - self._last[1] - self._waited)
+        self._last, self._waited = (number, now), 0.0
+        return self._guessers[following] if self.payoff.next() else None
+
+    def begin(self, guess: Guess, stats: PhaseStats) -> None:
+        """Read what is guessed and not in memory; returns at once. The reads for this layer have begun."""
+        self._guessed = layer = self._layers[guess.layer]
+        missing = [e for e in guess.experts() if e < layer.num_experts and e not in layer.residents]
+        self._collect(stats)
+        for expert in missing[:GUESSES]:
+            if not self._free:
+                return
+            buffer = self._free.pop()
+            try:
+                pending = self._reader.start(layer.requests(expert, _parts(layer, buffer)), ahead=True)
+            except ReadError:  # nobody needs it yet; whoever does will be told
+                self._free.append(buffer)
+                return
+            self._staged.append(Staged(layer, expert, buffer, pending))
+            stats.read_ahead += 1
+
+    def ended(self, layer: LayerExperts, waited: float, otherwise: float) -> None:
+        """`layer` waited so many seconds for its experts, and would have `otherwise` by reading all of them now."""
+        self._waited += waited
+        if self._judged:
+            self._judged = False
+            self.payoff.saved(otherwise - waited)
+
+    def claim(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> dict[int, Staged]:
+        """What is being read ahead of `loads`, by expert: wait for it, copy it, and give it to `release`.
+
+        `layer` has spoken, so everything else is dropped.
+        """
+        self._judged, self._guessed = self._guessed is layer, None
+        if not self._staged:
+            return {}
+        wanted = {x.expert for x in loads}
+        found: dict[int, Staged] = {}
+        for s in self._staged:
+            if s.layer is layer and s.expert in wanted and not s.pending.gave_up:
+                found[s.expert] = s
+            else:
+                s.pending.drop()
+                self._dropped.append(s)
+        self._staged = []
+        stats.read_ahead_used += len(found)
+        return found
+
+    def release(self, claimed: Sequence[Staged]) -> None:
+        """They have been copied, or will not be: their buffers may be used again once nothing lands in them."""
+        for s in claimed:
+            s.pending.drop()
+        self._dropped += claimed
+
+    def _collect(self, stats: PhaseStats) -> None:
+        """Take back the buffers of reads that ended, and count what they brought."""
+        self._reader.account()
+        for s in [s for s in self._dropped if s.pending.finished]:
+            self._dropped.remove(s)
+            self._free.append(s.buffer)
+            stats.bytes_read += s.pending.bytes_read
+
+
+def _parts(layer: LayerExperts, buffer: memoryview) -> list[memoryview]:
+    """Where the components of an expert lie in a buffer."""
+    parts, start = [], 0
+    for n in layer.extents.nbytes:
+        parts.append(buffer[start : start + n])
+        start += n
+    return parts
