@@ -27,6 +27,7 @@ from common import add_model_argument, bootstrap, environment, model_folder, pos
 from held_out import text_windows
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_moecache.calls import replace_call
 from mlx_moecache.errors import UnsupportedModelError
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 
@@ -64,7 +65,7 @@ class Guesses:
             self.resident[i] = set(self.model.expert_cache.layers[i].residents.experts)
             return upstream(module, x)
 
-        block.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        replace_call(block, call)
 
     def of_token(self) -> Iterator[tuple[list[int], set[int]]]:
         """Per layer but the first: experts not in memory as guessed, the best first, and those that were missing."""

@@ -46,6 +46,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load as load_stock
 
+from mlx_moecache.calls import replace_call
 from mlx_moecache.demo import demo_model
 
 WINDOW = 256  # tokens that the demo model sees at once
@@ -233,4 +234,4 @@ def before_call(module: nn.Module, what: Any) -> None:
         what(args, kwargs)
         return original(self, *args, **kwargs)
 
-    module.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    replace_call(module, call)

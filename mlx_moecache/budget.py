@@ -118,7 +118,6 @@ class ForwardShape:
     key: int = 0  # what of `attention` each of them costs
     overlaps: bool = False  # attention of a kind that is not planned for by itself: MLX may compute further ahead
     window: int | None = None  # keys that the KV cache of every layer keeps beside the chunk's own; None: all
-
     square: int = 0  # state-space layers work in steps of STATE_STEP tokens: per token and token of such a step
     held_square: int = 0  # the same, but kept like `held`
     step: int = 0  # tokens by which plain KV caches grow; 0: they are not plain

@@ -78,7 +78,7 @@ class CachedSwitch:
             if optimist.records:
                 return self._unchecked(x, indices, optimist)
             optimist.run += 1
-        guess = self._guess(x) if rows == 1 and cache.look_ahead is not None else None
+        guess = self._guess(x) if rows == 1 else None
         ids, scores, swapped = self._read_host(indices.reshape(rows, -1), seen, guess)
         uses = _uses(ids, scores, self.num_experts)
         needed = [e for e, _ in uses]

@@ -7,7 +7,7 @@ would be; nothing of it reaches the output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from .calls import replace_call
 
 if TYPE_CHECKING:
     from .moe_block import MoeBlock
@@ -59,7 +61,6 @@ class NormWatch:
     """Which norm's output went into which block, seen in one forward pass by the identity of the arrays."""
 
     weights: dict[int, mx.array] = field(default_factory=dict)  # [D], by the number of the MoE layer
-    _outputs: list[tuple[mx.array, mx.array]] = field(default_factory=list)  # outputs, and the weights of their norms
 
     def guessers(self, blocks: Sequence[MoeBlock], dims: int) -> list[Guesser | None]:
         """For each MoE layer but the first, if its router can be run alone."""
@@ -75,40 +76,37 @@ class NormWatch:
 def watching_norms(model: nn.Module, blocks: Sequence[MoeBlock]) -> Iterator[NormWatch]:
     """Watch the forward pass inside, which may stay unevaluated."""
     watch = NormWatch()
+    # Outputs of norms by id, and their weights; the outputs are kept, so that ids stay unique.
+    normed: dict[int, tuple[mx.array, mx.array]] = {}
 
-    def normed(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        watch._outputs.append((output, module.weight))
+    def leaves_norm(module: Any, args: tuple[Any, ...], output: mx.array) -> None:
+        normed[id(output)] = output, module.weight
 
     with ExitStack() as stack:
         for module in [m for m in model.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm) and "weight" in m]:
-            stack.enter_context(_watched(module, after=normed))
+            stack.enter_context(_watched(module, leaves_norm))
         for i, b in enumerate(blocks):
 
-            def entered(module: Any, args: tuple[Any, ...], number: int = i) -> None:
-                for output, weight in watch._outputs:
-                    if args and args[0] is output:
-                        watch.weights[number] = weight
+            def leaves_block(module: Any, args: tuple[Any, ...], output: Any, number: int = i) -> None:
+                if args and id(args[0]) in normed:
+                    watch.weights[number] = normed[id(args[0])][1]
 
             if b.routed is not None:
-                stack.enter_context(_watched(b.routed, before=entered))
+                stack.enter_context(_watched(b.routed, leaves_block))
         yield watch
-    watch._outputs.clear()
 
 
 @contextmanager
-def _watched(module: nn.Module, *, before: Any = None, after: Any = None) -> Iterator[None]:
-    """Call `before` and `after` around the calls of one module."""
+def _watched(module: nn.Module, seen: Callable[[nn.Module, tuple[Any, ...], Any], None]) -> Iterator[None]:
+    """Tell `seen` the arguments and the output of the calls of one module."""
     cls = type(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            before(self, args)
         output = cls.__call__(self, *args, **kwargs)
-        if after is not None:
-            after(self, args, output)
+        seen(self, args, output)
         return output
 
-    module.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    replace_call(module, call)
     try:
         yield
     finally:

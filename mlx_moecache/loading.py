@@ -159,11 +159,9 @@ class OpenedModel:
         return found[::-1]
 
     @property
-    def _staging_bytes(self) -> int:
-        """Of the host buffers for experts that are read ahead; 0: nobody could guess them."""
-        if not any(self.guessers):
-            return 0
-        return buffers_for(sum(b.num_experts for b in self.blocks)) * max(b.bytes_per_expert for b in self.blocks)
+    def _buffers(self) -> int:
+        """Experts that may be read ahead at once, each into a host buffer; 0 also if nobody could guess them."""
+        return buffers_for(sum(b.num_experts for b in self.blocks)) if any(self.guessers) else 0
 
     def _check(self, options: MemoryOptions) -> None:
         if options.memory is not None and options.slots is not None:
@@ -197,7 +195,7 @@ class OpenedModel:
             forward,
             resident=self.resident,
             kv=kv,
-            host_buffers=host_buffers + self._staging_bytes,
+            host_buffers=host_buffers + self._buffers * max(b.bytes_per_expert for b in self.blocks),
             overhead=OVERHEAD,
             budget=budget,
             slots=options.slots,
@@ -249,9 +247,8 @@ class OpenedModel:
         expert_cache.optimist = Optimist(
             self.model.layers, self.blocks, expert_cache, SpanChooser(len(layers), host_read)
         )
-        if self._staging_bytes:
-            buffers = buffers_for(sum(x.num_experts for x in layers))
-            expert_cache.look_ahead = LookAhead(layers, reader, self.guessers, buffers=buffers)
+        if self._buffers:
+            expert_cache.look_ahead = LookAhead(layers, reader, self.guessers, buffers=self._buffers)
         self.model.expert_cache = expert_cache
         self.model.memory_plan = plan
         self.model.elastic_slots = self._elastic_slots(stages, expert_cache) if stages else None

@@ -36,7 +36,7 @@ def buffers_for(experts: int) -> int:
     return buffers if buffers >= 2 else 0
 
 
-@dataclass
+@dataclass(eq=False)  # it is removed from lists, and comparing buffers would compare their bytes
 class Staged:
     """An expert that is being read into a buffer before its layer has asked for it."""
 
@@ -124,22 +124,17 @@ class LookAhead:
         if not self._staged:
             return {}
         wanted = {x.expert for x in loads}
-        found: dict[int, Staged] = {}
-        for s in self._staged:
-            if s.layer is layer and s.expert in wanted and not s.pending.gave_up:
-                found[s.expert] = s
-            else:
-                s.pending.drop()
-                self._dropped.append(s)
+        found = [s for s in self._staged if s.layer is layer and s.expert in wanted and not s.pending.gave_up]
+        self.release([s for s in self._staged if s not in found])
         self._staged = []
         stats.read_ahead_used += len(found)
-        return found
+        return {s.expert: s for s in found}
 
-    def release(self, claimed: Sequence[Staged]) -> None:
+    def release(self, staged: Sequence[Staged]) -> None:
         """They have been copied, or will not be: their buffers may be used again once nothing lands in them."""
-        for s in claimed:
+        for s in staged:
             s.pending.drop()
-        self._dropped += claimed
+        self._dropped += staged
 
     def _collect(self, stats: PhaseStats) -> None:
         """Take back the buffers of reads that ended, and count what they brought."""

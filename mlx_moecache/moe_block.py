@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
 from .cached_switch import CachedSwitch, Switch
+from .calls import replace_call
 from .checkpoints.expert_layout import ComponentSpec
 from .errors import UnsupportedModelError
 from .expert_cache import ExpertCache, LayerExperts
@@ -140,14 +141,13 @@ class MoeBlock:
                     projection[name] = mx.zeros((0, *value.shape[1:]), dtype=value.dtype)
 
     def _install(self) -> None:
-        cls = type(self.switch)
-        upstream, moe = cls.__call__, self
+        upstream, moe = type(self.switch).__call__, self
         self._upstream: Switch = lambda x, indices: upstream(self.switch, x, indices)
 
         def call(module: nn.Module, x: mx.array, indices: mx.array) -> Any:
             return moe._run(x, indices)
 
-        self.switch.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        replace_call(self.switch, call)
 
 
 def find_blocks(model: nn.Module) -> list[MoeBlock]:

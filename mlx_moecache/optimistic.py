@@ -20,6 +20,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from .calls import replace_call
 from .errors import UnsupportedModelError
 from .expert_cache import ExpertCache
 from .span import SpanChooser
@@ -107,13 +108,12 @@ class Optimist:
     # ---- one decoder layer ----
 
     def _install(self, i: int, layer: nn.Module) -> None:
-        cls, optimist = type(layer), self
-        upstream = cls.__call__
+        upstream, optimist = type(layer).__call__, self
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return optimist._layer(_Call(i, lambda *a, **k: upstream(module, *a, **k), args, kwargs))
 
-        layer.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        replace_call(layer, call)
 
     def _layer(self, call: _Call) -> Any:
         if call.number == 0:

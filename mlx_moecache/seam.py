@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .calls import replace_call
 from .routing import Original, RunningRange, Strategy, probabilities
 
 # z, p [T, E] and the router's own selection [T, k] -> residents [T, E] before each token and D [T, 1]; None: unbiased.
@@ -223,8 +224,7 @@ class SelectionSeam:
             seam._sigmoid = seam._sigmoid_module
             return routed(module, *args, **kwargs)
 
-        # An instance attribute __call__ would be ignored: Python looks it up on the class.
-        self.owner.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        replace_call(self.owner, call)
 
 
 class _Spy:

@@ -14,7 +14,17 @@ from faulty_reads import after_each_read, scribble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
-from tiny_models import ALL_TYPES, MODEL_TYPES, Shelf, num_experts, random_tokens, run_model, same_bits, tiny_config
+from tiny_models import (
+    ALL_TYPES,
+    MODEL_TYPES,
+    Shelf,
+    decode_figures,
+    num_experts,
+    random_tokens,
+    run_model,
+    same_bits,
+    tiny_config,
+)
 
 from mlx_moecache.checkpoints.reader import EmulatedFlash, ExpertReader, ReadRequest
 from mlx_moecache.demo import DEMO_MODEL
@@ -52,12 +62,6 @@ def load(path: Path, *, slots: int, ahead: Payoff | None, buffers: int = MOST_BU
     return model
 
 
-def figures(model: nn.Module) -> list[Any]:
-    cache = model.expert_cache
-    counted = [getattr(cache.stats.decode, name) for name in COUNTED]
-    return [counted, cache.contents().experts, [float(x.range.total) for x in cache.layers]]
-
-
 class TestTheOutput:
     @pytest.mark.parametrize("layout", ["float32", "4bit"])
     @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -70,7 +74,7 @@ class TestTheOutput:
         logits = run_model(early, TOKENS, LENGTHS)
         assert same_bits(logits, run_model(shelf.stock(path), TOKENS, LENGTHS))
         run_model(plain, TOKENS, LENGTHS)
-        assert figures(early) == figures(plain)
+        assert decode_figures(early, COUNTED) == decode_figures(plain, COUNTED)
         assert early.expert_cache.stats.decode.read_ahead > 0
 
     @pytest.mark.matrix
@@ -93,7 +97,7 @@ class TestTheOutput:
         runs = []
         for ahead in (None, Always()):
             model = load(DEMO_MODEL, slots=slots, ahead=ahead, routing=routing, flash=flash)
-            runs.append((run_model(model, tokens, [60] + [1] * 30), figures(model)))
+            runs.append((run_model(model, tokens, [60] + [1] * 30), decode_figures(model, COUNTED)))
         assert same_bits(runs[1][0], runs[0][0])
         assert runs[1][1] == runs[0][1]
 
@@ -111,7 +115,7 @@ class TestTheOutput:
                     cache.resize(slots=slots)
             cache.restore(before)
             out.append(run_model(model, tokens, [60] + [1] * 10))
-            results.append((out, figures(model)))
+            results.append((out, decode_figures(model, COUNTED)))
         assert all(same_bits(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
         assert results[0][1] == results[1][1]
 

@@ -9,7 +9,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
-from tiny_models import MODEL_TYPES, Shelf, num_experts, random_tokens, run_model, same_bits, tiny_config
+from tiny_models import (
+    MODEL_TYPES,
+    Shelf,
+    decode_figures,
+    num_experts,
+    random_tokens,
+    run_model,
+    same_bits,
+    tiny_config,
+)
 
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
@@ -36,12 +45,6 @@ class Fixed(SpanChooser):
         self.seen = [*getattr(self, "seen", []), (missed, run, host_reads)]
 
 
-def figures(model: nn.Module) -> list[Any]:
-    cache = model.expert_cache
-    counted = [getattr(cache.stats.decode, name) for name in COUNTED]
-    return [counted, cache.contents().experts, [float(x.range.total) for x in cache.layers]]
-
-
 class TestTheOutput:
     @pytest.mark.parametrize("layout", ["float32", "4bit"])
     @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -54,7 +57,7 @@ class TestTheOutput:
         logits = run_model(once, TOKENS, LENGTHS)
         assert same_bits(logits, run_model(shelf.stock(path), TOKENS, LENGTHS))
         run_model(each, TOKENS, LENGTHS)
-        assert figures(once) == figures(each)
+        assert decode_figures(once, COUNTED) == decode_figures(each, COUNTED)
         assert once.expert_cache.stats.decode.misses > 0
 
     @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ class TestTheOutput:
         runs = []
         for span in (1, 2, 3, 6):
             model = load(DEMO_MODEL, span, slots=slots, routing=routing, eviction=eviction)
-            runs.append((run_model(model, tokens, [60] + [1] * 40), figures(model)))
+            runs.append((run_model(model, tokens, [60] + [1] * 40), decode_figures(model, COUNTED)))
         for logits, counted in runs[1:]:
             assert same_bits(logits, runs[0][0])
             assert counted == runs[0][1]

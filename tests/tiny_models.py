@@ -228,6 +228,13 @@ def same_bits(a: mx.array, b: mx.array) -> bool:
     return bool(np.isfinite(x).all()) and x.dtype == y.dtype == np.float32 and x.tobytes() == y.tobytes()
 
 
+def decode_figures(model: nn.Module, counted: Sequence[str]) -> list[Any]:
+    """What two ways of running must agree on: counters of decode, residents in their order, and D of every layer."""
+    cache = model.expert_cache
+    counts = [getattr(cache.stats.decode, name) for name in counted]
+    return [counts, cache.contents().experts, [float(x.range.total) for x in cache.layers]]
+
+
 def random_tokens(rows: int, length: int, seed: int = 0, vocabulary: int = 320) -> mx.array:
     """Token ids [rows, length]."""
     return mx.array(np.random.default_rng(seed).integers(0, vocabulary, (rows, length), dtype=np.uint32))

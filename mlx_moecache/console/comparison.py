@@ -107,7 +107,7 @@ def compare(session: ChatSession, interrupt: Interrupt, progress: Progress = lam
             elastic.beside = -(-len(conversation.tokens) // KV_STEP) * KV_STEP
         cache.set_strategy(biased(session))
         other = cache.strategy
-        moves = session.model.elastic_slots is not None  # so that not all need stay in memory
+        moves = elastic is not None  # so that not all need stay in memory
         if not cache.has_host_reads and not moves and all(other.kept(x.k) == x.k for x in cache.layers):
             raise UsageError(
                 "all experts are in memory, so both answers would be the same; /set slots N keeps fewer of them"
