@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from .errors import BudgetError, UsageError
@@ -17,9 +17,11 @@ AUTO_SHARE_OF_RAM = 0.7  # what auto uses at most; the rest is for the system, o
 AUTO_RESERVE = 1 / 8  # of RAM, which auto leaves of what is available: experts are read through the page cache
 TRANSIENT_SHARE = 0.25  # of what is left beside resident weights and KV: larger chunks are not worth the slots
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens per prefill chunk that the planner may choose
+UNLIMITED = 2**62  # bytes
 USEFUL_CHUNK = 256  # tokens; all experts are made resident only if a chunk of this size still fits beside them
 STATE_STEP = 256  # tokens; mlx-lm's steps through a chunk in Mamba 2, of which two may be under way
 MARGIN = 64  # a part so large is added to what a chunk is computed to need: tiny models of two types took 1 % more
+AHEAD = 7  # sixteenths of attention's arrays without scores that MLX makes ahead unless it must wait; measured: 7.3 up
 SLACK = 2**17  # bytes for what is too small to be named: masks, indices, scalars, rounding
 # Bytes that the process grows by beyond arrays and host buffers: threads, Python objects, holes in the C allocator's
 # heaps. Measured on Linux with the demo model: up to 1.5 MB above MLX's peak (once 2.5), of which the margins of the
@@ -113,66 +115,65 @@ class ForwardShape:
     decode_growth: int = 0  # of decode_ahead, what a growing KV cache takes: partly resident layers do not run on then
     prompt: int | None = None  # tokens of the longest prompt, None: any; one chunk of so many finds no KV cache to grow
     kv_copy: int = 0  # what of attention_fixed is there only while a KV cache grows: its old buffer, zeros behind it
+    kv_buffer: int = 0  # an old buffer of a KV cache that grows between forward passes
     kv_reply: int = 0  # of the KV cache, what is there only when the prompt has been read
     keys: int = 0  # tokens that `attention` lets a query see
     key: int = 0  # what of `attention` each of them costs
+    row: int = 0  # the largest array of `attention` that does not grow with the keys; 0: not known
     overlaps: bool = False  # attention of a kind that is not planned for by itself: MLX may compute further ahead
     window: int | None = None  # keys that the KV cache of every layer keeps beside the chunk's own; None: all
     square: int = 0  # state-space layers work in steps of STATE_STEP tokens: per token and token of such a step
     held_square: int = 0  # the same, but kept like `held`
     step: int = 0  # tokens by which plain KV caches grow; 0: they are not plain
     kv_step: int = 0  # bytes of all KV caches for so many tokens
-    kv_layer_step: int = 0  # those of the largest layer
 
-    def transient(self, chunk: int, *, complete: bool, partly: bool = True) -> int:
+    def transient(self, chunk: int, *, complete: bool, partly: bool = True, room: int = UNLIMITED) -> int:
         """Bytes beside the whole KV cache for a chunk of so many tokens, or for decoding if that is more.
 
-        complete: all experts are resident in some layer; partly: in some layer they are not.
+        complete: all experts are resident in some layer; partly: in some layer they are not. room: bytes beside the
+        whole KV cache above which MLX waits for what is running instead of allocating ahead.
         """
+        room += self.kv_reply
         if self.prompt is not None and self.step and (chunk % self.step == 0 or self.step % chunk == 0):
-            prefill = self._of_prompt(self.prompt, chunk, complete, partly)
+            prefill = self._of_prompt(self.prompt, chunk, complete, partly, room)
         else:
             unseen = 0 if self.window is None else max(0, self.keys - self.window - chunk)
             at_once = self.prompt is not None and chunk >= self.prompt
-            prefill = self._of_chunk(chunk, unseen, 0 if at_once else self.kv_copy, complete, partly) - self.kv_reply
+            kv_copy = 0 if at_once else self.kv_copy
+            prefill = self._of_chunk(chunk, complete, partly, room, unseen=unseen, kv_copy=kv_copy)
         ahead = self.decode_ahead if complete else self.decode_ahead - self.decode_growth
-        return SLACK + max(self.decode + ahead, prefill)
+        return SLACK + max(self.decode + ahead, prefill - self.kv_reply, self.kv_buffer)
 
-    def _of_prompt(self, prompt: int, chunk: int, complete: bool, partly: bool) -> int:
-        """The last whole chunk sees less than the rest that follows it, and finds a smaller KV cache.
-
-        A KV cache grows in the rest if that begins at a step, and in the last whole chunk that begins at one.
-        """
+    def _of_prompt(self, prompt: int, chunk: int, complete: bool, partly: bool, room: int) -> int:
+        """The last whole chunk sees less than the rest that follows it, and finds a smaller KV cache."""
         end = (prompt - 1) // chunk * chunk  # the last token is a pass of its own
-        grows = end > 0 and end % self.step == 0
-        rest = self._of_chunk(max(1, prompt - 1 - end), 0, self.kv_copy if grows else 0, complete, partly)
+        rest = self._of_chunk(max(1, prompt - 1 - end), complete, partly, room)
         if not end:
-            return rest - self.kv_reply
-        steps = -(-prompt // self.step)
+            return rest
+        later = (-(-prompt // self.step) + -end // self.step) * self.kv_step  # what the KV cache grows by afterwards
+        return max(rest, self._of_chunk(chunk, complete, partly, room + later, unseen=self.keys - end) - later)
 
-        def whole(begin: int, copies: bool) -> int:
-            after = -(-(begin + chunk) // self.step)
-            copied = after * self.kv_layer_step if copies and begin else 0  # the old buffer, and zeros behind it
-            needed = self._of_chunk(chunk, self.keys - begin - chunk, copied, complete, partly)
-            return needed - (steps - after) * self.kv_step
-
-        last = end - chunk
-        return max(rest, whole(last, False), whole(last // self.step * self.step, True)) - self.kv_reply
-
-    def _of_chunk(self, chunk: int, unseen: int, kv_copy: int, complete: bool, partly: bool) -> int:
+    def _of_chunk(
+        self, chunk: int, complete: bool, partly: bool, room: int, *, unseen: int = 0, kv_copy: int = 0
+    ) -> int:
         """unseen: keys less than `keys` that a query sees. kv_copy: while a KV cache grows, beside its new buffer."""
         fixed = self.attention_fixed - self.kv_copy + kv_copy
         step = min(chunk, STATE_STEP)
         steps = step**2 + min(chunk - step, STATE_STEP) ** 2  # two are under way
         attention = chunk * (self.attention - unseen * self.key) + fixed + self.square * steps
         waves = chunk * self.outputs + min(chunk * self.k, self.wave_pairs) * self.pair
-        peak = max(attention, chunk * self.combine, waves if partly or self.overlaps else 0)
+        others = max(chunk * self.combine, waves if partly or self.overlaps else 0)
         if complete:
-            peak = max(peak, chunk * self.experts)
+            others = max(others, chunk * self.experts)
             if self.overlaps:
                 lazy = min(chunk, self.wave_pairs // self.k)
-                peak = max(peak, lazy * (self.attention + self.experts + self.outputs) + fixed)
-        return chunk * self.held + self.held_square * step**2 + peak + peak // MARGIN
+                others = max(others, lazy * (self.attention + self.experts + self.outputs) + fixed)
+        held = chunk * self.held + self.held_square * step**2
+        peak = max(attention, others)
+        if self.row and not self.overlaps:
+            ahead = (chunk * (self.attention - self.keys * self.key)) * AHEAD // 16
+            peak = max(attention - ahead, others, min(peak, room - held + chunk * self.row))
+        return held + peak + peak // MARGIN
 
 
 @dataclass(frozen=True)
@@ -258,9 +259,18 @@ def plan_memory(
 
     def finish(counts: Sequence[int], chunk: int) -> MemoryPlan:
         whole = [s == x.num_experts for s, x in zip(counts, layers, strict=True)]
-        transient = max(forward.transient(chunk, complete=any(whole), partly=not all(whole)), copied(counts))
+
+        def transient(room: int = UNLIMITED) -> int:
+            needed = forward.transient(chunk, complete=any(whole), partly=not all(whole), room=room)
+            return max(needed, copied(counts))
+
         size = sum(s * x.bytes_per_expert for s, x in zip(counts, layers, strict=True))
-        return MemoryPlan(budget, resident, kv, transient, host_buffers, size, tuple(counts), chunk, forward, overhead)
+        plan = MemoryPlan(
+            budget, resident, kv, transient(), host_buffers, size, tuple(counts), chunk, forward, overhead
+        )
+        if plan.room is None or budget is None or plan.total > budget:
+            return plan
+        return replace(plan, transient=transient(plan.room - kv))
 
     if slots is not None:
         wanted = [slots] * len(layers) if isinstance(slots, int) else list(slots)

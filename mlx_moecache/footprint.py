@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 
 from . import system
 from .budget import CHUNKS, SLACK, ForwardShape
 from .cached_switch import WAVE_ROWS
+from .kv_growth import GROWN, flat, largest_buffer
 from .moe_block import MoeBlock
-from .recurrent_shapes import recurrent_shape
+from .recurrent_shapes import RecurrentShape, recurrent_shape
 
 KNOWN_CACHES = (KVCache, RotatingKVCache, ArraysCache)
 KV_STEP = 256  # tokens by which mlx-lm's KV caches grow
@@ -60,8 +61,16 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(unique.values())
 
 
-def kv_cache_bytes(model: nn.Module, tokens: int, options: KVOptions, chunk: int) -> tuple[int, int]:
-    """The most bytes that the KV cache for `tokens` tokens ever has, and those of its largest layer.
+class KVBytes(NamedTuple):
+    """Bytes of a KV cache."""
+
+    total: int
+    inside: int  # of the largest layer, what grows inside of a forward pass
+    buffer: int  # the largest tensor that grows between forward passes (kv_growth.py)
+
+
+def kv_cache_bytes(model: nn.Module, tokens: int, options: KVOptions, chunk: int) -> KVBytes:
+    """The most bytes that the KV cache for `tokens` tokens ever has, and its largest parts.
 
     Lazy forward passes are built and thrown away: their caches have the right shapes without being computed. All whole
     chunks but the last are one pass, as growing buffers end up the same; what a sliding window keeps of such a pass is
@@ -80,17 +89,18 @@ def kv_cache_bytes(model: nn.Module, tokens: int, options: KVOptions, chunk: int
         lengths.append(1)  # a chunk leaves a rotating cache without room: the first single token makes it
     if lengths[0]:
         model(mx.zeros((1, lengths[0]), dtype=mx.int32), cache=cache)
-    most = largest = 0
+    most = inside = buffer = 0
     for n in lengths[1:]:
         if n:
             model(mx.zeros((1, n), dtype=mx.int32), cache=cache)
             before = [int(c.nbytes) for c in cache]
+            inside = max(inside, *(sum(int(p.nbytes) for p in flat([c]) if type(p) not in GROWN) for c in cache))
+            buffer = max(buffer, *map(largest_buffer, flat(cache)))
             maybe_quantize_kv_cache(cache, options.quantized_start, options.group_size, options.bits)
             after = [int(c.nbytes) for c in cache]
             # Quantising makes the new buffers of all layers while the old ones are there.
             most = max(most, sum(after) + (sum(before) if after != before else 0))
-            largest = max(largest, *before)
-    return most, largest
+    return KVBytes(most, inside, buffer)
 
 
 def activation_dtype(model: nn.Module) -> mx.Dtype:
@@ -125,39 +135,37 @@ def estimate(
     chunk: tokens, None if any of CHUNKS. prompt: tokens of the only prompt, None if there may be any, and several.
     """
     shortest, longest = (min(c, context) for c in ((chunk, chunk) if chunk else (CHUNKS[-1], CHUNKS[0])))
-    least, layer = kv_cache_bytes(model, context, kv, shortest)
-    caches = _flat(make_prompt_cache(model, max_kv_size=kv.max_size))
+    least = kv_cache_bytes(model, context, kv, shortest)
+    caches = list(flat(make_prompt_cache(model, max_kv_size=kv.max_size)))
     window = kv.max_size if all(type(c) is RotatingKVCache for c in caches) else None
-    most = least if shortest == longest else kv_cache_bytes(model, context, kv, longest)[0]
-    growth = -(-max(0, most - least) // max(1, longest - shortest))
+    most = least if shortest == longest else kv_cache_bytes(model, context, kv, longest)
+    growth = -(-max(0, most.total - least.total) // max(1, longest - shortest))
 
-    def shape(tokens: int, layer: int) -> ForwardShape:
+    def shape(tokens: int, inside: int) -> ForwardShape:
         size = _round_up(tokens, KV_STEP)
-        return forward_shape(
+        made = forward_shape(
             model,
             config,
             blocks,
             context=tokens,
-            # The old buffers, and the zeros that are put behind them. Measured: while a quantised cache grows, MLX
-            # holds the layer's old buffers twice.
-            kv_copy=0 if size == KV_STEP else layer if kv.bits is None else 2 * layer * (size - KV_STEP) // size,
+            kv_copy=0 if size == KV_STEP else inside,  # the old buffers, and the zeros that are put behind them
             kv_growth_per_token=growth,
             quantized_kv=kv.bits is not None,
             window=window,
         )
+        return replace(made, kv_buffer=least.buffer * (size - KV_STEP) // size)
 
-    whole = shape(context, layer)
+    whole = shape(context, least.inside)
     if not all(type(c) in (KVCache, RotatingKVCache) for c in caches):
-        return least, replace(whole, overlaps=not all(type(c) in KNOWN_CACHES for c in caches))
+        return least.total, replace(whole, overlaps=not all(type(c) in KNOWN_CACHES for c in caches))
     if prompt is None or prompt >= context:
-        return least, whole
+        return least.total, whole
     # Until the prompt has been read, the KV cache and what attention sees are those of the prompt.
     first = [kv_cache_bytes(model, prompt, kv, min(c, prompt)) for c in (shortest, longest)]
-    prefill = shape(prompt, max(largest for _, largest in first))
-    reply = max(0, least - max(total for total, _ in first))
+    prefill = shape(prompt, max(x.inside for x in first))
+    reply = max(0, least.total - max(x.total for x in first))
     plain = kv.bits is None and all(type(c) is KVCache for c in caches)
-    one_step = kv_cache_bytes(model, KV_STEP, kv, KV_STEP) if plain else (0, 0)
-    return least, replace(
+    return least.total, replace(
         prefill,
         decode=whole.decode,
         decode_ahead=whole.decode_ahead,
@@ -165,9 +173,9 @@ def estimate(
         array=whole.array,
         prompt=prompt,
         kv_reply=reply,
+        kv_buffer=whole.kv_buffer,
         step=KV_STEP if plain else 0,
-        kv_step=one_step[0],
-        kv_layer_step=one_step[1],
+        kv_step=kv_cache_bytes(model, KV_STEP, kv, KV_STEP).total if plain else 0,
     )
 
 
@@ -196,9 +204,9 @@ def forward_shape(
     vocabulary = int(text.get("vocab_size") or 0)
     indexed, idle = _indexer(model, context, size)
     widths = [_widths(layer, blocks, idle) for layer in model.layers]
-    attention = max((outside for outside, inside in widths if inside is not None), default=0)
-    attention = attention or max((outside for outside, _ in widths), default=0)  # experts in layers of their own
-    dense = max((outside if inside is None else inside for outside, inside in widths), default=0)
+    attention = max((sum(outside) for outside, inside in widths if inside is not None), default=0)
+    attention = attention or max((sum(outside) for outside, _ in widths), default=0)  # experts in layers of their own
+    dense = max((sum(outside if inside is None else inside) for outside, inside in widths), default=0)
     names = {name for layer in model.layers for _, module in layer.named_modules() for name in module}
     query_norms = int(any("q_norm" in n or "query_layernorm" in n for n in names))  # queries and keys, once more
     scores, expanded = _scores(names, text, heads, size, quantized_kv)
@@ -239,16 +247,12 @@ def forward_shape(
         kv_copy=kv_copy,
         keys=context,
         key=key if attended == context * key else 0,
+        row=size * max(D, *(w for outside, _ in widths for w in outside)) if recurrent == RecurrentShape() else 0,
         window=window,
     )
     layer = shape.transient(1, complete=True) - SLACK
     kept = 2 * size * sum(b.k * b.output_dims for b in blocks)  # until the layer's next host read
     return replace(shape, decode=layer + kept + 4 * SAMPLING_ROWS * vocabulary, decode_ahead=layer)
-
-
-def _flat(caches: Sequence[Any]) -> list[Any]:
-    """The KV caches of all layers, those of layers with several one by one."""
-    return [part for c in caches for part in (c.caches if isinstance(c, CacheList) else (c,))]
 
 
 def _indexer(model: nn.Module, context: int, size: int) -> tuple[int, set[int]]:
@@ -285,7 +289,7 @@ def _gathered(text: Mapping[str, Any], heads: int) -> int:
     return 4 * 3 * (int(text.get("sliding_window") or 0) + picked) * (int(text.get("head_dim") or 0) + heads)
 
 
-def _widths(layer: nn.Module, blocks: Sequence[MoeBlock], idle: set[int]) -> tuple[int, int | None]:
+def _widths(layer: nn.Module, blocks: Sequence[MoeBlock], idle: set[int]) -> tuple[list[int], list[int] | None]:
     """Outputs per token of the linear layers in `layer`: outside of its MoE block, and inside (None: it has none).
 
     idle: ids of modules whose outputs nothing uses.
@@ -293,13 +297,11 @@ def _widths(layer: nn.Module, blocks: Sequence[MoeBlock], idle: set[int]) -> tup
     mine = {id(m) for m in layer.modules()}
     inner = [b.block for b in blocks if id(b.block) in mine and b.block is not layer]
     inside = {id(m) for block in inner for m in block.modules()}
-    total = inner_total = 0
+    found: tuple[list[int], list[int]] = [], []
     for module in layer.modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear) and id(module) not in idle:
-            width = int(module.weight.shape[0])
-            total += width
-            inner_total += width if id(module) in inside else 0
-    return total - inner_total, inner_total if inner else None
+            found[id(module) in inside].append(int(module.weight.shape[0]))
+    return found[0], found[1] if inner else None
 
 
 def _scores(names: set[str], text: Mapping[str, Any], heads: int, size: int, quantized_kv: bool) -> tuple[int, int]:

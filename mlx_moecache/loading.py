@@ -29,6 +29,7 @@ from .errors import CheckpointError, UnsupportedModelError, UsageError
 from .expert_cache import ExpertCache, LayerExperts
 from .footprint import KVOptions
 from .guess import watching_norms
+from .kv_growth import install_growth
 from .lazy_model import build_lazily, one_line
 from .look_ahead import LookAhead, buffers_for
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
@@ -243,6 +244,7 @@ class OpenedModel:
         except BaseException:
             reader.close()
             raise
+        install_growth(self.model)
         host_read = statistics.median(system.time_host_reads()[0])
         expert_cache.optimist = Optimist(
             self.model.layers, self.blocks, expert_cache, SpanChooser(len(layers), host_read)

@@ -314,6 +314,20 @@ class TestForwardShape:
     def test_all_experts_at_once_never_need_less_than_waves(self, forward: ForwardShape, chunk: int) -> None:
         assert forward.transient(chunk, complete=False) <= forward.transient(chunk, complete=True)
 
+    @given(forward_shapes, st.integers(1, 4000), st.booleans(), st.integers(0, 20 * MB), st.integers(1, 20 * MB))
+    def test_waiting_saves_what_would_be_made_ahead_and_no_more(
+        self, forward: ForwardShape, chunk: int, complete: bool, room: int, more: int
+    ) -> None:
+        forward = replace(forward, row=forward.attention // 8)
+
+        def needed(room: int) -> int:
+            return forward.transient(chunk, complete=complete, room=room)
+
+        unlimited = forward.transient(chunk, complete=complete)
+        assert needed(room) <= needed(room + more) <= unlimited == needed(10**12)
+        assert unlimited - needed(0) <= chunk * forward.attention // 2
+        assert replace(forward, row=0).transient(chunk, complete=complete, room=room) == unlimited
+
     def test_decoding_is_an_alternative_to_a_chunk_not_an_addition(self) -> None:
         idle, busy = replace(FORWARD, decode=0), replace(FORWARD, decode=10**9)
         assert FORWARD.transient(512, complete=False) == idle.transient(512, complete=False)

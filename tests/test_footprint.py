@@ -53,7 +53,7 @@ class TestKVCacheBytes:
     ) -> None:
         model, options = models[model_type], KVOptions()
         seen = kv_bytes_of_a_run(model, prompt, reply, chunk, options)
-        planned, _ = kv_cache_bytes(model, prompt + reply, options, chunk)
+        planned = kv_cache_bytes(model, prompt + reply, options, chunk).total
         # Sliding windows: the last chunk of a run may be shorter than the one that was planned for.
         slack = 0 if model_type != "gpt_oss" else seen - seen // 2
         assert seen <= planned <= seen + slack
@@ -64,9 +64,9 @@ class TestKVCacheBytes:
         self, models: dict[str, nn.Module], prompt: int, chunk: int
     ) -> None:
         model, options = models["qwen2_moe"], KVOptions()
-        per_token = kv_cache_bytes(model, STEP, options, STEP)[0] // STEP
+        per_token = kv_cache_bytes(model, STEP, options, STEP).total // STEP
         seen = kv_bytes_of_a_run(model, prompt, 4, chunk, options)
-        planned, _ = kv_cache_bytes(model, prompt + 4, options, chunk)
+        planned = kv_cache_bytes(model, prompt + 4, options, chunk).total
         assert seen <= planned <= seen + 2 * STEP * per_token
 
     @pytest.mark.parametrize("start", [0, 200, 450])
@@ -76,15 +76,15 @@ class TestKVCacheBytes:
     ) -> None:
         model, options = models["qwen2_moe"], KVOptions(bits=8, group_size=32, quantized_start=start)
         seen = kv_bytes_of_a_run(model, 400, 60, chunk, options)
-        planned, _ = kv_cache_bytes(model, 460, options, chunk)
+        planned = kv_cache_bytes(model, 460, options, chunk).total
         assert seen <= planned <= 1.6 * seen
 
     def test_a_rotating_cache_keeps_its_window_and_a_chunk(self, models: dict[str, nn.Module]) -> None:
         model, options = models["qwen2_moe"], KVOptions(max_size=128)
-        per_token = kv_cache_bytes(model, STEP, KVOptions(), STEP)[0] // STEP
+        per_token = kv_cache_bytes(model, STEP, KVOptions(), STEP).total // STEP
         for chunk in (32, 64, 256):
             seen = kv_bytes_of_a_run(model, 600, 4, chunk, options)
-            planned, _ = kv_cache_bytes(model, 604, options, chunk)
+            planned = kv_cache_bytes(model, 604, options, chunk).total
             assert seen <= planned <= (128 + chunk) * per_token
 
     @pytest.mark.parametrize("chunk", [32, 256])
@@ -93,14 +93,26 @@ class TestKVCacheBytes:
     ) -> None:
         model, options = models["qwen2_moe"], KVOptions(max_size=512)
         seen = kv_bytes_of_a_run(model, 300, 4, chunk, options)
-        planned, _ = kv_cache_bytes(model, 304, options, chunk)
+        planned = kv_cache_bytes(model, 304, options, chunk).total
         assert seen <= planned <= 1.1 * seen
 
-    def test_the_largest_layer_is_a_layer(self, models: dict[str, nn.Module]) -> None:
-        total, largest = kv_cache_bytes(models["qwen2_moe"], 300, KVOptions(), 64)
-        assert largest * 3 == total
-        total, largest = kv_cache_bytes(models["gpt_oss"], 2048, KVOptions(), 64)
-        assert 0.8 * total < largest < total  # one of three layers has no window
+    def test_plain_caches_grow_between_passes_and_rotating_ones_inside(self, models: dict[str, nn.Module]) -> None:
+        plain = kv_cache_bytes(models["qwen2_moe"], 300, KVOptions(), 64)
+        assert plain.inside == 0
+        assert plain.buffer * 2 * 3 == plain.total  # keys and values of three layers
+        mixed = kv_cache_bytes(models["gpt_oss"], 2048, KVOptions(), 64)
+        assert 0.8 * mixed.total < 2 * mixed.buffer < mixed.total  # one of three layers has no window
+        assert 0 < mixed.inside < mixed.buffer
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_of_a_quantised_cache_the_numbers_are_the_largest_part(
+        self, models: dict[str, nn.Module], bits: int
+    ) -> None:
+        options = KVOptions(bits=bits, group_size=32, quantized_start=0)
+        total, inside, buffer = kv_cache_bytes(models["qwen2_moe"], 4096, options, 64)
+        assert inside == 0
+        # Two float32 for every 32 numbers are 2 bits for each.
+        assert buffer * 2 * 3 == total * bits // (bits + 2)
 
 
 class TestResidentBytes:
@@ -250,10 +262,10 @@ class TestEstimate:
         model = build_model(config)
         blocks = find_blocks(model)
         kv, forward = estimate(model, config, blocks, KVOptions(), context=4096, chunk=None)
-        longest, _ = kv_cache_bytes(model, 4096, KVOptions(), CHUNKS[0])
+        longest = kv_cache_bytes(model, 4096, KVOptions(), CHUNKS[0]).total
         assert kv < longest <= kv + CHUNKS[0] * forward.held
         fixed, forward_fixed = estimate(model, config, blocks, KVOptions(), context=4096, chunk=512)
-        assert fixed == kv_cache_bytes(model, 4096, KVOptions(), 512)[0]
+        assert fixed == kv_cache_bytes(model, 4096, KVOptions(), 512).total
         assert forward_fixed.held < forward.held
 
     def test_a_cache_that_never_grows_is_never_copied(self) -> None:
@@ -262,5 +274,6 @@ class TestEstimate:
         blocks = find_blocks(model)
         _, short = estimate(model, config, blocks, KVOptions(), context=200, chunk=None)
         _, long = estimate(model, config, blocks, KVOptions(), context=2000, chunk=None)
-        assert short.attention_fixed == 0
-        assert long.attention_fixed == 2 * 64 * 4 * 2048  # the old buffer, and zeros behind it
+        assert short.kv_buffer == 0
+        assert long.kv_buffer == 64 * 4 * (2048 - 256)  # the old buffer of keys or of values
+        assert short.attention_fixed == long.attention_fixed == 0

@@ -284,11 +284,24 @@ class TestTheDemoModel:
         assert all(r.peak <= r.planned for r in runs)
         assert min(r.planned / r.peak for r in runs) <= 1.05
 
-    def uses_what_is_planned(self, demo: Path, memory: str) -> Run:
+    def test_a_reply_that_makes_the_kv_cache_grow_uses_what_is_planned(self, demo: Path) -> None:
+        memory = smallest(demo, prompt=250)
+        run = self.uses_what_is_planned(demo, memory, prompt=250)
+        assert run.slots == 4
+
+    def test_a_budget_at_which_mlx_has_to_wait_uses_what_is_planned(self, demo: Path) -> None:
+        options = MemoryOptions(memory="400MB", max_context=PROMPT + REPLY, max_prompt=PROMPT)
+        plenty = OpenedModel(demo).plan(options)
+        run = self.uses_what_is_planned(demo, f"{plenty.total}")
+        assert run.slots == 60
+        assert run.chunk == PROMPT
+        assert run.planned < plenty.buffers
+
+    def uses_what_is_planned(self, demo: Path, memory: str, *, prompt: int = PROMPT) -> Run:
         """Within 5 % in one of three runs: how far MLX allocates ahead depends on what else the machine does."""
         runs: list[Run] = []
         while not runs or (runs[-1].planned > 1.05 * runs[-1].peak and len(runs) < 3):
-            runs.append(generate(demo, memory=memory, vocabulary=4096))
+            runs.append(generate(demo, memory=memory, prompt=prompt, vocabulary=4096))
             check(runs[-1], memory)
         assert runs[-1].planned <= 1.05 * runs[-1].peak
         return runs[-1]
