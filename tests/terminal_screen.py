@@ -25,7 +25,8 @@ class Terminal:
     """`python ARGS` in a terminal of `columns`; keys go in with `send`, the screen is waited for with `until`."""
 
     def __init__(self, args: Sequence[str], *, columns: int = 100, **environment: str) -> None:
-        env = {**os.environ, "TERM": "xterm", "NO_COLOR": "", "PYTHONUTF8": "1", **environment}
+        inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}  # the pseudo-terminal says
+        env = {**inherited, "TERM": "xterm", "NO_COLOR": "", "PYTHONUTF8": "1", **environment}
         self.process = pexpect.spawn(
             sys.executable,
             list(args),

@@ -107,7 +107,7 @@ def test_a_memory_budget_takes_the_place_of_the_demos_slots(project: Project) ->
 
 def test_checks_install_again_when_the_project_changed_or_moved(project: Project) -> None:
     project.offer("python3.11")
-    checks = ["-m ruff check .", "-m mypy", "-m pytest -k name"]
+    checks = ["-m ruff check .", "-m mypy", "-m pytest -n 2 --dist loadfile -k name"]
     project.run("scripts/demo.sh")
     project.calls()
     assert project.run("scripts/test.sh", "-k", "name").returncode == 0

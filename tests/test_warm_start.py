@@ -125,7 +125,7 @@ BROKEN: dict[str, Callable[[dict[str, Any]], bytes]] = {
 }
 
 
-@pytest.mark.parametrize(("reason", "broken"), BROKEN.items(), ids=str)
+@pytest.mark.parametrize(("reason", "broken"), BROKEN.items(), ids=BROKEN)
 def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
     reason: str, broken: Callable[[dict[str, Any]], bytes], stored: WarmSetFile
 ) -> None:
