@@ -20,13 +20,12 @@ CHUNKS = (2048, 1024, 512, 256, 128, 64, 32)  # tokens per prefill chunk that th
 UNLIMITED = 2**62  # bytes
 USEFUL_CHUNK = 256  # tokens; all experts are made resident only if a chunk of this size still fits beside them
 STATE_STEP = 256  # tokens; mlx-lm's steps through a chunk in Mamba 2, of which two may be under way
-MARGIN = 64  # a part so large is added to what a chunk is computed to need: tiny models of two types took 1 % more
+MARGIN = 32  # a part so large is added to what a chunk is computed to need; tiny models of some types took 2 % more
 AHEAD = 7  # sixteenths of attention's arrays without scores that MLX makes ahead unless it must wait; measured: 7.3 up
-SLACK = 2**17  # bytes for what is too small to be named: masks, indices, scalars, rounding
+SLACK = 2**16  # bytes for what is too small to be named: masks, indices, scalars, rounding
 # Bytes that the process grows by beyond arrays and host buffers: threads, Python objects, holes in the C allocator's
-# heaps. Measured on Linux with the demo model: up to 1.5 MB above MLX's peak (once 2.5), of which the margins of the
-# other parts cover 0.2 to 0.6.
-OVERHEAD = 2**20
+# heaps. Measured on Linux with the demo model: up to 2.5 MB above MLX's peak.
+OVERHEAD = 3 * 2**20
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 

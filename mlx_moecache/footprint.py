@@ -30,6 +30,7 @@ ROUTER_ROWS = 6  # rows of 4 bytes per expert: logits, probabilities, the select
 PROJECTION_COPIES = 2  # a projection and what its rotation adds, averaged over q, k, v, o
 NORM_ROWS = 4  # normalised input, normalised output, what the attention returns, the new residual
 HELD_ROWS = 4  # local variables of the model's layers: residual, attention output, their sum, its norm
+STREAM_ROWS = 2  # of these, the residual and the sum are as wide as all residual streams
 MASK_BYTES = 1  # of the causal mask, per token and key
 CHUNKED_MASK_BYTES = 4 + 3  # of that of chunked attention: distances in chunks, and the masks that it is joined from
 FUSED_HEADS = (64, 80, 128)  # head sizes for which Metal never makes the scores of a chunk
@@ -223,7 +224,7 @@ def forward_shape(
     key = scores + mask + indexed
     attended = max(context * key, recurrent.token, _gathered(text, heads))
     held = size * HELD_ROWS * D + 4 * ROUTER_ROWS * widest(lambda b: b.num_experts) + kv_growth_per_token
-    held += recurrent.held
+    held += recurrent.held + size * STREAM_ROWS * D * (_streams(model) - 1)
     shape = ForwardShape(
         held=held,
         attention=size * (norms + (PROJECTION_COPIES + query_norms) * attention) + attended,
@@ -279,6 +280,11 @@ def _beside(block: MoeBlock, D: int) -> int:
     plain = isinstance(switch, SwitchGLU) and type(switch.activation) is SwiGLU
     biased = any(c.name.endswith(".bias") for c in block.components)
     return (0 if plain else D + block.inner_dims) + (2 * block.inner_dims + block.output_dims if biased else 0)
+
+
+def _streams(model: nn.Module) -> int:
+    """Residual streams: hyper-connections (DeepSeek 4.1) keep several."""
+    return max((m.hc for m in model.modules() if isinstance(getattr(m, "hc", None), int)), default=1)
 
 
 def _gathered(text: Mapping[str, Any], heads: int) -> int:

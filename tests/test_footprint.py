@@ -234,6 +234,10 @@ class TestForwardShape:
         monkeypatch.setattr(system, "on_cpu", lambda: False)
         assert shape_of("bailing_moe_linear", context=100).attention_fixed >= 6 * 4 * 4 * 32 * 32
 
+    def test_hyper_connections_hold_a_residual_of_several_streams(self) -> None:
+        one, four = (shape_of("deepseek_v41", hc_mult=n) for n in (1, 4))
+        assert four.held - one.held == 2 * 3 * 128 * 4  # float32, two arrays, three streams more
+
     def test_each_convolution_keeps_its_input_until_the_chunk_ends(self) -> None:
         few, many = (shape_of("qwen3_next", num_hidden_layers=n) for n in (3, 9))
         assert many.held - few.held == 4 * 4 * (2 * 64 + 128)  # 4 more layers without attention, of so many channels
