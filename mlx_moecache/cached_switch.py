@@ -7,8 +7,9 @@ brings the selected experts to the host; a layer whose experts are all resident 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +24,9 @@ from .residents import Load, Wave, hottest_last
 from .routing import Original, probabilities
 from .seam import SelectionSeam
 from .stats import PhaseStats
+
+if TYPE_CHECKING:
+    from .look_ahead import Staged
 
 WAVE_ROWS = 1024  # (token, expert) pairs that are computed at once in prefill: bounds memory, enough for a kernel
 Switch = Callable[[mx.array, mx.array], mx.array]
@@ -258,30 +262,51 @@ class CachedSwitch:
         out: mx.array | None = None
         if not waves:
             out = mx.zeros((experts.size, self.output_dims), dtype=x.dtype)
-        if waves:
-            self.cache.load(layer, waves[0].loads, stats)
-        for wave, following in zip(waves, [*waves[1:], Wave([], [])], strict=True):
-            in_wave = np.zeros(max(self.num_experts, int(experts.max()) + 1), dtype=bool)
-            for e in wave.experts:
-                in_wave[e], slot_of[e] = True, layer.residents.slot_of(e)
-            in_use = {int(slot_of[e]) for e in wave.experts}
-            ahead = not any(x.slot in in_use for x in following.loads) and self.cache.overlaps
-            with self.cache.loading(layer, following.loads if ahead else [], stats):
-                positions = np.flatnonzero(in_wave[experts])
-                positions = positions[np.argsort(experts[positions], kind="stable")]
-                for i in range(0, positions.size, WAVE_ROWS):
-                    part = positions[i : i + WAVE_ROWS]
-                    rows, slots = mx.array((part // k).astype(np.uint32)), mx.array(slot_of[experts[part]])
-                    y = self._upstream(rows_of_x[rows], slots[:, None]).squeeze(-2)
-                    if out is None:
-                        out = mx.zeros((experts.size, y.shape[-1]), dtype=y.dtype)
-                    out[mx.array(part.astype(np.uint32))] = y  # in place: nothing else holds `out`
-                    del y
-                    mx.eval(out)  # a wave after the following one overwrites these slots
-            if not ahead:
-                self.cache.load(layer, following.loads, stats)
+        with self._read_early(waves, experts.size, stats) as early:
+            if waves:
+                self.cache.load(layer, waves[0].loads, stats, early=early)
+            for wave, following in zip(waves, [*waves[1:], Wave([], [])], strict=True):
+                in_wave = np.zeros(max(self.num_experts, int(experts.max()) + 1), dtype=bool)
+                for e in wave.experts:
+                    in_wave[e], slot_of[e] = True, layer.residents.slot_of(e)
+                in_use = {int(slot_of[e]) for e in wave.experts}
+                ahead = not any(x.slot in in_use for x in following.loads) and self.cache.overlaps
+                with self.cache.loading(layer, following.loads if ahead else [], stats, early=early):
+                    if not following.experts:
+                        self._read_next(experts.size, stats)
+                    positions = np.flatnonzero(in_wave[experts])
+                    positions = positions[np.argsort(experts[positions], kind="stable")]
+                    for i in range(0, positions.size, WAVE_ROWS):
+                        part = positions[i : i + WAVE_ROWS]
+                        rows, slots = mx.array((part // k).astype(np.uint32)), mx.array(slot_of[experts[part]])
+                        y = self._upstream(rows_of_x[rows], slots[:, None]).squeeze(-2)
+                        if out is None:
+                            out = mx.zeros((experts.size, y.shape[-1]), dtype=y.dtype)
+                        out[mx.array(part.astype(np.uint32))] = y  # in place: nothing else holds `out`
+                        del y
+                        mx.eval(out)  # a wave after the following one overwrites these slots
+                if not ahead:
+                    self.cache.load(layer, following.loads, stats, early=early)
         assert out is not None
         return out
+
+    @contextmanager
+    def _read_early(self, waves: Sequence[Wave], selections: int, stats: PhaseStats) -> Iterator[dict[int, Staged]]:
+        """What was read of `waves` before the layer had selected; nobody else may use it meanwhile."""
+        ahead = self.cache.look_ahead
+        if ahead is None:
+            yield {}
+            return
+        early = ahead.claim_chunk(self.number, [e for w in waves for e in w.experts], selections, stats)
+        try:
+            yield early
+        finally:
+            ahead.release(list(early.values()))
+
+    def _read_next(self, selections: int, stats: PhaseStats) -> None:
+        """Nothing more is read for this layer: begin with the next one, behind the computing that is left before it."""
+        if self.cache.look_ahead is not None and self.cache.overlaps:
+            self.cache.look_ahead.begin_chunk(self.number + 1, selections, stats)
 
     def _bias_mask(self, rows: int) -> mx.array | None:
         """[E] with 1 for resident experts if this call is biased; kept until the set of residents changes."""

@@ -25,7 +25,7 @@ from .stats import CacheStats, Phase, PhaseStats
 
 if TYPE_CHECKING:
     from .budget import MemoryPlan
-    from .look_ahead import LookAhead
+    from .look_ahead import LookAhead, Staged
     from .optimistic import Optimist
 
 FILL_BATCH = 16  # experts per read while a layer is filled: enough to keep all threads busy
@@ -123,31 +123,48 @@ class ExpertCache:
         self.stats.of(phase).add(seen)
         layer.stats.of(phase).add(seen)
 
-    def load(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
+    def load(
+        self,
+        layer: LayerExperts,
+        loads: Sequence[Load],
+        stats: PhaseStats,
+        *,
+        early: dict[int, Staged] | None = None,
+    ) -> None:
         """Read `loads` into their slots and publish them; what that took is counted in `stats`.
 
         Raises ReadError; residents, their order and the bytes in the slots are then as they were before.
         """
-        with self.loading(layer, loads, stats, joining=True):
+        with self.loading(layer, loads, stats, joining=True, early=early):
             pass
 
     @contextmanager
     def loading(
-        self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats, *, joining: bool = False
+        self,
+        layer: LayerExperts,
+        loads: Sequence[Load],
+        stats: PhaseStats,
+        *,
+        joining: bool = False,
+        early: dict[int, Staged] | None = None,
     ) -> Iterator[None]:
         """The same while the block runs, which may compute with every slot that `loads` do not write.
 
-        joining: the block will not take long. If the block or a read fails, residents, their order and the bytes in
-        the slots are as they were before.
+        joining: the block will not take long. early: what was read ahead for all waves of `layer`, taken out as it is
+        used; None: look for it. If the block or a read fails, residents, their order and the bytes in the slots are as
+        they were before.
         """
         ahead = self.look_ahead
-        staged = {} if ahead is None else ahead.claim(layer, loads, stats)
+        if early is not None:
+            staged = {x.expert: early.pop(x.expert) for x in loads if x.expert in early}
+        else:
+            staged = {} if ahead is None else ahead.claim(layer, [x.expert for x in loads], stats)
         if not loads:
             yield
             if ahead is not None:
                 ahead.ended(layer, 0.0, 0.0)
             return
-        undisturbed = ahead is None or not (staged or ahead.is_reading)
+        undisturbed = ahead is None or not (staged or early or ahead.is_reading)
         try:
             requests = self._prepare(layer, [x for x in loads if x.expert not in staged])
             pending = self.reader.start(requests, joining=joining and not staged)

@@ -162,7 +162,7 @@ class OpenedModel:
     @property
     def _buffers(self) -> int:
         """Experts that may be read ahead at once, each into a host buffer; 0 also if nobody could guess them."""
-        return buffers_for(sum(b.num_experts for b in self.blocks)) if any(self.guessers) else 0
+        return buffers_for([b.num_experts for b in self.blocks]) if any(self.guessers) else 0
 
     def _check(self, options: MemoryOptions) -> None:
         if options.memory is not None and options.slots is not None:

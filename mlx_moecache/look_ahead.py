@@ -2,8 +2,8 @@
 
 They land in host buffers, never in slots, and are copied when the layer has asked for them: residents, their order and
 every selection are those of a run without look-ahead. Reads that somebody waits for go first; what was guessed wrongly
-is dropped as soon as the layer has spoken. Plain Python: what is guessed comes from guess.py, whether that pays is
-judged by payoff.py.
+is dropped as soon as the layer has spoken. Plain Python: what is guessed for a token comes from guess.py, whether that
+pays is judged by payoff.py. A chunk of a prompt needs no guess: nearly all experts are selected by some of its tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from .checkpoints.read_batch import Pending
 from .checkpoints.reader import ExpertReader
 from .errors import ReadError
 from .payoff import Payoff
-from .residents import Load
 from .stats import PhaseStats
 
 if TYPE_CHECKING:
@@ -25,14 +24,16 @@ if TYPE_CHECKING:
     from .guess import Guess, Guesser
 
 
-MOST_BUFFERS = 4  # experts: guesses of the layer that reads now, and of the one that has just spoken
-EXPERTS_PER_BUFFER = 100  # of all layers: buffers take at most a hundredth of what the experts take
-GUESSES = 2  # experts per layer, at most
+MOST_BUFFERS = 16  # experts
+EXPERTS_PER_BUFFER = 50  # of all layers: buffers take at most a fiftieth of what the experts take,
+LAYERS_SHARE = 4  # and a quarter of the experts of a layer, which in a model of 25 layers is a hundredth
+GUESSES = 2  # experts per layer for a single token, at most
+SELECTIONS_PER_EXPERT = 4  # of a chunk: from here on hardly an expert is selected by none of its tokens
 
 
-def buffers_for(experts: int) -> int:
-    """How many experts may be read ahead at once in a model with so many, all layers together; below 2: none."""
-    buffers = min(MOST_BUFFERS, experts // EXPERTS_PER_BUFFER)
+def buffers_for(experts: Sequence[int]) -> int:
+    """How many experts may be read ahead at once in a model with so many in each layer; below 2: none."""
+    buffers = min(MOST_BUFFERS, max(experts) // LAYERS_SHARE, sum(experts) // EXPERTS_PER_BUFFER)
     return buffers if buffers >= 2 else 0
 
 
@@ -66,6 +67,7 @@ class LookAhead:
         self.enabled = True
         self.payoff = Payoff()
         self._layers, self._reader, self._guessers = layers, reader, guessers
+        self._touched: list[set[int] | None] = [None] * len(layers)  # by the last chunk that touches nearly all
         size = max(x.bytes_per_expert for x in layers)
         self._free = [reader.reserve(size) for _ in range(buffers)]
         self._staged: list[Staged] = []
@@ -95,8 +97,25 @@ class LookAhead:
         """Read what is guessed and not in memory; returns at once. The reads for this layer have begun."""
         self._guessed = layer = self._layers[guess.layer]
         missing = [e for e in guess.experts() if e < layer.num_experts and e not in layer.residents]
+        self._start(layer, missing[:GUESSES], stats)
+
+    def begin_chunk(self, number: int, selections: int, stats: PhaseStats) -> None:
+        """Read what MoE layer `number` will need for a chunk of so many selections; the reads before it have ended.
+
+        Those experts that the last such chunk needed, as many as there are buffers.
+        """
+        if not self.enabled or number >= len(self._layers):
+            return
+        layer = self._layers[number]
+        if layer.residents.is_complete or selections < SELECTIONS_PER_EXPERT * layer.num_experts:
+            return
+        likely = self._touched[number]
+        experts = range(layer.num_experts) if likely is None else sorted(likely)
+        self._start(layer, [e for e in experts if e not in layer.residents], stats)
+
+    def _start(self, layer: LayerExperts, experts: Sequence[int], stats: PhaseStats) -> None:
         self._collect(stats)
-        for expert in missing[:GUESSES]:
+        for expert in experts:
             if not self._free:
                 return
             buffer = self._free.pop()
@@ -115,15 +134,22 @@ class LookAhead:
             self._judged = False
             self.payoff.saved(otherwise - waited)
 
-    def claim(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> dict[int, Staged]:
-        """What is being read ahead of `loads`, by expert: wait for it, copy it, and give it to `release`.
+    def claim_chunk(self, number: int, needed: Sequence[int], selections: int, stats: PhaseStats) -> dict[int, Staged]:
+        """The same for a chunk: `needed` experts of MoE layer `number`, which will be loaded in waves."""
+        layer = self._layers[number]
+        if selections >= SELECTIONS_PER_EXPERT * layer.num_experts:
+            self._touched[number] = set(needed)
+        return self.claim(layer, needed, stats)
+
+    def claim(self, layer: LayerExperts, needed: Sequence[int], stats: PhaseStats) -> dict[int, Staged]:
+        """What of the `needed` experts is being read ahead: wait for it, copy it, and give it to `release`.
 
         `layer` has spoken, so everything else is dropped.
         """
         self._judged, self._guessed = self._guessed is layer, None
         if not self._staged:
             return {}
-        wanted = {x.expert for x in loads}
+        wanted = set(needed)
         found = [s for s in self._staged if s.layer is layer and s.expert in wanted and not s.pending.gave_up]
         self.release([s for s in self._staged if s not in found])
         self._staged = []

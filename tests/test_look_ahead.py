@@ -31,12 +31,13 @@ from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import ReadError
 from mlx_moecache.guess import Guesser
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
-from mlx_moecache.look_ahead import MOST_BUFFERS, LookAhead, buffers_for
+from mlx_moecache.look_ahead import LookAhead, buffers_for
 from mlx_moecache.payoff import Payoff
 
 LENGTHS = [16] + [1] * 24
 TOKENS = random_tokens(1, sum(LENGTHS))
 ROUTINGS = ["original", "cache-prior:strength=0.3,j=1", "price:delta=0.1,j=1", "pruning:k=2"]
+BUFFERS = 4
 COUNTED = ("selections", "hits", "misses", "loads", "swapped", "evictions", "host_reads")
 WITHOUT_SWITCH_LAYERS = {"dbrx"}
 OTHER_DIMENSIONS = {"kimi_k3"}  # its experts work in a space of their own
@@ -50,7 +51,7 @@ class Always(Payoff):
         return True
 
 
-def load(path: Path, *, slots: int, ahead: Payoff | None, buffers: int = MOST_BUFFERS, **options: Any) -> nn.Module:
+def load(path: Path, *, slots: int, ahead: Payoff | None, buffers: int = BUFFERS, **options: Any) -> nn.Module:
     """ahead: None if nothing shall be read ahead."""
     opened = OpenedModel(path)
     model = opened.load(MemoryOptions(slots=slots), CacheOptions(**{"routing": "original", **options}))
@@ -156,14 +157,88 @@ class TestGuesses:
         assert model.expert_cache.stats.decode.read_ahead == 0
 
 
+class TestChunks:
+    LENGTHS = (60, 60, 1, 1)
+
+    @pytest.mark.parametrize("flash", [None, EmulatedFlash(20e6, 1e-4)])
+    @pytest.mark.parametrize("slots", [4, 6, 30, 59])
+    def test_have_the_bits_and_the_counts_of_reading_nothing_ahead(
+        self, slots: int, flash: EmulatedFlash | None
+    ) -> None:
+        tokens, runs = _story(), []
+        for ahead in (None, Payoff()):  # which, for single tokens, has not begun yet
+            model = load(DEMO_MODEL, slots=slots, ahead=ahead, flash=flash)
+            logits, cache = run_model(model, tokens, self.LENGTHS), model.expert_cache
+            figures = [getattr(cache.stats.prefill, name) for name in COUNTED]
+            runs.append((logits, figures, [x.residents.eviction_order() for x in cache.layers]))
+        assert same_bits(runs[1][0], runs[0][0])
+        assert runs[1][1:] == runs[0][1:]
+        assert cache.stats.prefill.read_ahead > 0
+
+    @pytest.mark.parametrize("layout", ["float32", "4bit"])
+    @pytest.mark.parametrize("model_type", MODEL_TYPES)
+    def test_have_the_bits_of_stock(self, shelf: Shelf, model_type: str, layout: str) -> None:
+        path = shelf.checkpoint(model_type, layout)  # type: ignore[arg-type]
+        lengths = [80, 64, 1, 1]
+        tokens = random_tokens(1, sum(lengths))
+        model = load(path, slots=num_experts(tiny_config(model_type)) // 2, ahead=Payoff())
+        assert same_bits(run_model(model, tokens, lengths), run_model(shelf.stock(path), tokens, lengths))
+        assert model.expert_cache.stats.prefill.read_ahead > 0
+
+    def test_begin_with_what_the_last_one_needed(self) -> None:
+        model = load(DEMO_MODEL, slots=6, ahead=Payoff())
+        tokens = mx.full((1, 120), _story()[0, 0])
+        run_model(model, tokens[:, :60], [60])
+        s = model.expert_cache.stats.prefill
+        first = s.read_ahead_used
+        assert first < s.read_ahead  # one token again and again leaves most experts alone
+        before = s.read_ahead
+        model.expert_cache.reset()
+        run_model(model, tokens[:, :60], [60])
+        s = model.expert_cache.stats.prefill
+        assert s.read_ahead_used == s.read_ahead > 0
+        assert s.read_ahead <= before
+
+    def test_that_are_short_read_nothing_ahead(self) -> None:
+        model = load(DEMO_MODEL, slots=6, ahead=Payoff())
+        run_model(model, _story(), [59, 40, 41])
+        assert model.expert_cache.stats.prefill.read_ahead == 0
+
+    @pytest.mark.parametrize("where", ["the switch", "a read"])
+    def test_that_fail_give_their_buffers_back(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        tokens = _story()
+        expected = run_model(load(DEMO_MODEL, slots=12, ahead=None), tokens, self.LENGTHS)
+        model = load(DEMO_MODEL, slots=12, ahead=Payoff())
+        cache, calls = model.expert_cache, 0
+
+        def fail(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 12:
+                raise ReadError("the disk is gone")
+
+        if where == "a read":
+            after_each_read(monkeypatch, lambda n, requests: fail())
+        else:
+            prepare = cache._prepare
+            monkeypatch.setattr(cache, "_prepare", lambda *a: (fail(), prepare(*a))[1])
+        with pytest.raises(ReadError):
+            run_model(model, tokens, self.LENGTHS)
+        cache.reset()
+        assert same_bits(run_model(model, tokens, self.LENGTHS), expected)
+        ahead = cache.look_ahead
+        assert len(ahead._free) + len(ahead._staged) + len(ahead._dropped) == BUFFERS
+
+
 class TestReads:
     def test_count_what_was_read_in_vain(self) -> None:
         model = load(DEMO_MODEL, slots=15, ahead=Always())
         run_model(model, _story(), [60] + [1] * 40)
         cache = model.expert_cache
-        wrong = cache.stats.decode.read_ahead - cache.stats.decode.read_ahead_used
+        both = (cache.stats.prefill, cache.stats.decode)  # what was read in vain is counted when its buffer is needed
+        wrong = sum(s.read_ahead - s.read_ahead_used for s in both)
         size = cache.layers[0].bytes_per_expert
-        extra = cache.stats.decode.bytes_read - size * cache.stats.decode.loads
+        extra = sum(s.bytes_read - size * s.loads for s in both)
         assert 0 < extra <= size * wrong
 
     def test_that_fail_in_vain_are_not_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,14 +293,19 @@ class TestReads:
 
 
 class TestBuffers:
-    @pytest.mark.parametrize(("experts", "buffers"), [(16, 0), (199, 0), (200, 2), (360, 3), (6144, MOST_BUFFERS)])
-    def test_take_at_most_a_hundredth_of_the_experts(self, experts: int, buffers: int) -> None:
-        assert buffers_for(experts) == buffers
+    @pytest.mark.parametrize(
+        ("layers", "experts", "buffers"),
+        [(3, 16, 0), (20, 24, 6), (6, 16, 0), (7, 16, 2), (6, 60, 7), (32, 8, 2), (48, 128, 16), (2, 512, 16), (1, 16, 0)],
+    )
+    def test_take_at_most_a_fiftieth_of_the_experts_and_a_quarter_of_a_layer(
+        self, layers: int, experts: int, buffers: int
+    ) -> None:
+        assert buffers_for([experts] * layers) == buffers
 
     def test_are_part_of_the_plan_and_of_the_host_buffers(self) -> None:
         opened = OpenedModel(DEMO_MODEL)
         plan = opened.plan(MemoryOptions(memory="12MB", max_context=256))
-        size = buffers_for(360) * opened.blocks[0].bytes_per_expert
+        size = buffers_for([60] * 6) * opened.blocks[0].bytes_per_expert
         assert plan.host_buffers == size
         model = opened.load(MemoryOptions(memory="12MB", max_context=256), CacheOptions())
         assert model.expert_cache.reader.host_buffer_bytes == size
