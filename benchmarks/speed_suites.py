@@ -33,7 +33,8 @@ def _span() -> Suite:
         for slots in ("50%", "75%")
         for base in (f"slots={slots} {BIASED} hostread={latency}" for latency in ("0", "0.5ms", "2ms"))
     )
-    return Suite(pairs, checkpoint=DEMO, rounds=16, tokens=8, warm_up=40)
+    # How often layers find their experts is a running mean: what filling the cache missed is forgotten by then.
+    return Suite(pairs, checkpoint=DEMO, rounds=16, tokens=8, warm_up=160)
 
 
 def _look_ahead() -> Suite:

@@ -8,10 +8,11 @@ how often a layer finds all of its experts in memory, and on what a host read co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import median
 
 LONGEST = 64  # layers
 WORTH = 0.95  # another span must promise to cost less than this share of looking after every layer
-MEMORY = 0.95  # weight of the past in the running means, per token
+MEMORY = 0.95  # weight of the past in the running mean of hits, per token
 REVISE = 16  # tokens between choices
 
 
@@ -46,13 +47,14 @@ def best_span(all_hit: float, host_read: float, compute: float, layers: int) -> 
 
 @dataclass
 class SpanChooser:
-    """Chooses a span from running means over tokens."""
+    """Chooses a span from what the last tokens hit and cost."""
 
     layers: int  # partly resident MoE layers
     host_read: float  # seconds, measured on this machine
     span: int = 1
     all_hit: float = 0.0  # share of layers without a miss
-    compute: float = 0.0  # seconds of one layer
+    compute: float = 0.0  # seconds of one layer; a median, since whoever uses the tokens may pause between two
+    _computes: list[float] = field(default_factory=list, repr=False)  # since the last choice
     _tokens: int = field(default=0, repr=False)
 
     def observe(self, missed: int, run: int, host_reads: int, seconds: float) -> None:
@@ -62,6 +64,7 @@ class SpanChooser:
         self._tokens += 1
         weight = max(1 - MEMORY, 1 / self._tokens)
         self.all_hit += weight * (1 - missed / self.layers - self.all_hit)
-        self.compute += weight * (compute - self.compute)
+        self._computes.append(compute)
         if self._tokens % REVISE == 0:
+            self.compute, self._computes = median(self._computes), []
             self.span = best_span(self.all_hit, self.host_read, self.compute, self.layers)

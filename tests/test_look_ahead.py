@@ -295,7 +295,7 @@ class TestReads:
 class TestBuffers:
     @pytest.mark.parametrize(
         ("layers", "experts", "buffers"),
-        [(3, 16, 0), (20, 24, 6), (6, 16, 0), (7, 16, 2), (6, 60, 7), (32, 8, 2), (48, 128, 16), (2, 512, 16), (1, 16, 0)],
+        [(3, 16, 0), (20, 24, 6), (7, 16, 2), (6, 60, 7), (32, 8, 2), (48, 128, 16), (2, 512, 16), (1, 16, 0)],
     )
     def test_take_at_most_a_fiftieth_of_the_experts_and_a_quarter_of_a_layer(
         self, layers: int, experts: int, buffers: int

@@ -165,6 +165,13 @@ class TestChoosing:
         assert seen_reads / 20_000 == pytest.approx(reads[6], rel=0.02)
         assert seen_vain / 20_000 == pytest.approx(vain[6], rel=0.02)
 
+    def test_is_not_misled_by_pauses_between_tokens(self) -> None:
+        chooser = SpanChooser(6, host_read=2e-3)
+        for n in range(64):
+            chooser.observe(missed=0, run=6, host_reads=6, seconds=6 * 3e-3 + (5.0 if n % 8 == 0 else 0.0))
+        assert chooser.compute == pytest.approx(1e-3)
+        assert chooser.span == 6
+
     def test_follows_what_tokens_cost(self) -> None:
         chooser = SpanChooser(48, host_read=5e-4)
         for _ in range(64):
