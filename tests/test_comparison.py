@@ -245,7 +245,7 @@ def test_slots_that_give_way_to_the_kv_cache_come_back() -> None:
 
 
 def test_elastic_slots_have_no_room_for_two_kv_caches_beyond_the_longest_context() -> None:
-    elastic = open_session(demo_model(), memory="13.5MB", elastic=True, max_context=290, max_tokens=20)
+    elastic = open_session(demo_model(), memory="15.6MB", elastic=True, max_context=290, max_tokens=20)
     say(elastic, " ".join([STORY] * 24))
     before = fingerprint(elastic)
     with pytest.raises(UsageError, match=r"twice, which takes .* are reserved for it"):

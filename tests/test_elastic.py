@@ -290,7 +290,7 @@ class TestReplies:
     def test_a_growing_context_stays_in_the_budget_with_more_slots_at_first(
         self, made: Path, opened: OpenedModel
     ) -> None:
-        tokenizer, budget = opened.tokenizer(), 23_000_000
+        tokenizer, budget = opened.tokenizer(), 25_000_000
         fixed = OpenedModel(made).plan(MemoryOptions(memory=budget, max_context=350, max_prompt=20))
         mx.clear_cache()
         others = mx.get_active_memory()

@@ -38,8 +38,8 @@ if "unlimited" not in flags:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 if "leak" in flags:
     load, kept = ExpertCache.load, []
-    def leaking(self, layer, loads, stats):
-        load(self, layer, loads, stats)
+    def leaking(self, layer, loads, stats, **how):
+        load(self, layer, loads, stats, **how)
         kept.extend(bytearray(layer.pool.view(0, x.slot)) for x in loads)
     ExpertCache.load = leaking
 opened = OpenedModel(Path(folder))

@@ -31,7 +31,7 @@ class Length:
     memory: int  # bytes
 
 
-SHORT = Length(1200, 60, 7_100_000)
+SHORT = Length(1200, 60, 9_200_000)
 LONG = Length(16_000, 1000, 24_000_000)
 LENGTHS = [pytest.param(SHORT, id="short"), pytest.param(LONG, id="16,000 + 1,000", marks=pytest.mark.matrix)]
 

@@ -150,7 +150,7 @@ class TestAMadeModel:
         run = generate(made, memory=memory)
         check(run, memory)
         assert run.slots == 4
-        assert run.peak >= 0.75 * parse(memory)  # the reserve is not padding
+        assert run.peak >= 0.9 * (parse(memory) - OVERHEAD)  # the reserve is not padding
 
     @pytest.mark.parametrize("more", [1.5, 5])
     def test_larger_budgets_hold_too(self, made: Path, more: float) -> None:

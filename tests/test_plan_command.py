@@ -141,7 +141,7 @@ def test_a_trace_says_what_the_simulator_says(command: Run, tmp_path: Path, caps
     trace = str(tmp_path / "run.trace")
     assert generate(["-p", STORY, "-m", "30", "--exact", "--slots", "20", "--trace", trace]) == 0
     flash = ("--flash", "1GB/s", "--flash-latency", "50us")
-    facts = command("demo", "--memory", "9MB", "--max-context", "256", "--trace", trace, *flash, "--json").facts()
+    facts = command("demo", "--memory", "11MB", "--max-context", "256", "--trace", trace, *flash, "--json").facts()
     slots = facts["slots_per_layer"][0]
     assert 4 <= slots < 60 and "run.trace" in facts["hit_rates_from"]
     routings = ["--routing", "original", "--routing", "cache-prior"]
