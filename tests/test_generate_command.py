@@ -40,7 +40,7 @@ from mlx_moecache.simulate import main as simulate
 from mlx_moecache.stats import CacheStats, PhaseStats
 
 STORY = "Tell me a story about a fox."
-READ_AHEAD = 3 * 23_040  # bytes of three experts, the buffers of look-ahead
+READ_AHEAD = 7 * 23_040  # bytes of seven experts, the buffers of look-ahead
 SMALL = ["--slots", "20", "-m", "8", "-p", STORY]
 STOP_AT_ONCE = ["--extra-eos-token", *map(str, range(4096))]  # every token of the demo model ends the reply
 
@@ -199,7 +199,7 @@ def test_statistics_go_to_stderr_and_only_the_reply_to_stdout(command: Run) -> N
         (tokens, rf"8 tokens \(cut at --max-tokens\) · {rate} · prompt {rate} \(\d+ tokens\) · peak {size}"),
         (experts, rf"experts  {share} decode · {size}/token read · {share} prefill · [\d.e-]+ GB/s"),
         (cache, rf"cache    20/60 per layer, lru · cache-prior λ=0.1 J=2, {swaps}"),
-        (memory, rf"memory   weights {size} \+ slots {size} \+ KV {size} \+ transients {size} \+ read buffers 69.1 KB"),
+        (memory, rf"memory   weights {size} \+ slots {size} \+ KV {size} \+ transients {size} \+ read buffers 161 KB"),
         (plan, rf"plan     {size} and {size} overhead · measured {size} \([\d.]+ of it\) · process {size}"),
         (rest, rf"not charged: interpreter and libraries {size}"),
     ):
