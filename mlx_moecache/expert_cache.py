@@ -26,6 +26,8 @@ from .stats import CacheStats, Phase, PhaseStats
 if TYPE_CHECKING:
     from .budget import MemoryPlan
     from .look_ahead import LookAhead, Staged
+
+    Early = dict[int, Staged] | None
     from .optimistic import Optimist
 
 FILL_BATCH = 16  # experts per read while a layer is filled: enough to keep all threads busy
@@ -123,14 +125,7 @@ class ExpertCache:
         self.stats.of(phase).add(seen)
         layer.stats.of(phase).add(seen)
 
-    def load(
-        self,
-        layer: LayerExperts,
-        loads: Sequence[Load],
-        stats: PhaseStats,
-        *,
-        early: dict[int, Staged] | None = None,
-    ) -> None:
+    def load(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats, *, early: Early = None) -> None:
         """Read `loads` into their slots and publish them; what that took is counted in `stats`.
 
         Raises ReadError; residents, their order and the bytes in the slots are then as they were before.
@@ -146,7 +141,7 @@ class ExpertCache:
         stats: PhaseStats,
         *,
         joining: bool = False,
-        early: dict[int, Staged] | None = None,
+        early: Early = None,
     ) -> Iterator[None]:
         """The same while the block runs, which may compute with every slot that `loads` do not write.
 
