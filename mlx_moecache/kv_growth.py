@@ -23,9 +23,11 @@ def install_growth(model: nn.Module) -> None:
     """From now on the caches of ``model(tokens, cache=...)`` have room for the tokens before the pass begins."""
     upstream = type(model).__call__
 
-    def call(module: nn.Module, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
-        make_room(kwargs.get("cache", args[0] if args else None) or (), inputs.shape[1])
-        return upstream(module, inputs, *args, **kwargs)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        caches = kwargs.get("cache", args[1] if len(args) > 1 else None)
+        if args and caches:
+            make_room(caches, args[0].shape[1])
+        return upstream(module, *args, **kwargs)
 
     replace_call(model, call)
 
