@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 WARM_UP = 256  # chances before the first trial, in which read speed and hit rate settle
-TRIAL = 256  # chances taken before its balance counts
+TRIAL = 256  # chances taken before its balance counts,
+GLANCE = 64  # but one that has lost so much of the time by then is over
+LOST = 0.05
 REST = 2048  # chances left out after a trial that did not pay; twice as many after the next one
 LONGEST_REST = 65536
 MEMORY = 0.99  # weight of the past in the running means, per chance
@@ -41,7 +43,8 @@ class Payoff:
         """A chance: take it?"""
         self._left -= 1
         if self.on:
-            if self._left <= 0 and self.balance <= 0:
+            lost = self._left == TRIAL - GLANCE and self.balance < -LOST * self.without.value
+            if lost or (self._left <= 0 and self.balance <= 0):
                 self.on, self._left = False, self._rest
                 self._rest = min(LONGEST_REST, 2 * self._rest)
                 self.without = Mean()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_moecache.payoff import LONGEST_REST, REST, TRIAL, WARM_UP, Mean, Payoff
+from mlx_moecache.payoff import GLANCE, LONGEST_REST, REST, TRIAL, WARM_UP, Mean, Payoff
 
 WORK = 5e-3  # seconds per chance
 
@@ -33,11 +33,17 @@ def test_what_saves_more_than_it_costs_stays_on() -> None:
 
 
 def test_what_costs_more_than_it_saves_ends_with_its_trial_and_is_tried_again_after_a_rest() -> None:
-    taken = chances(Payoff(), WARM_UP + TRIAL + REST + TRIAL, saves=1e-3, costs=2e-3)
+    taken = chances(Payoff(), WARM_UP + TRIAL + REST + TRIAL, saves=1e-3, costs=1.2e-3)
     first = taken.index(True)
     off = taken.index(False, first)
     assert off - first == TRIAL
     assert taken.index(True, off) - off == REST
+
+
+@pytest.mark.parametrize(("costs", "chances_taken"), [(1.2e-3, TRIAL), (1.3e-3, GLANCE), (1, GLANCE)])
+def test_a_trial_that_loses_a_twentieth_of_the_time_is_short(costs: float, chances_taken: int) -> None:
+    taken = chances(Payoff(), WARM_UP + 2 * TRIAL, saves=1e-3, costs=costs)
+    assert sum(taken) == chances_taken
 
 
 def test_each_trial_in_vain_doubles_the_rest_up_to_a_limit() -> None:
@@ -59,7 +65,7 @@ def test_it_is_switched_off_when_it_stops_to_pay() -> None:
 def test_work_that_becomes_slower_for_other_reasons_is_no_gain() -> None:
     payoff = Payoff()
     chances(payoff, WARM_UP, saves=0, costs=0)
-    for _ in range(TRIAL - 1):
+    for _ in range(GLANCE - 1):
         payoff.took(WORK + 3e-3)
         payoff.next()
         payoff.saved(1e-3)
