@@ -44,8 +44,9 @@ def make_room(caches: Sequence[Any], tokens: int) -> None:
         if cache.offset + tokens > length:
             kept = cache.offset if cache.offset % cache.step else length
             extra = -(-tokens // cache.step) * cache.step
-            cache.keys = _longer(cache.keys, kept, extra)
+            # Keys last: it is their length that is asked about, so after an interrupt in between both are made again.
             cache.values = _longer(cache.values, kept, extra)
+            cache.keys = _longer(cache.keys, kept, extra)
 
 
 def flat(caches: Sequence[Any]) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 from tiny_models import build_model, random_tokens, tiny_config
 
+from mlx_moecache import kv_growth
 from mlx_moecache.kv_growth import install_growth, largest_buffer, make_room
 
 HEADS, DIMS = 2, 64
@@ -73,6 +74,27 @@ class TestMakeRoom:
         grown = mx.get_active_memory()
         assert grown - before == 6 * old // 16
         assert mx.get_peak_memory() <= grown + old + 4096
+
+    def test_that_was_interrupted_is_made_good_by_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ours, stock = KVCache(), KVCache()
+        update(ours, 256)
+        update(stock, 256)
+        longer, calls = kv_growth._longer, 0
+
+        def interrupted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise KeyboardInterrupt
+            return longer(*args)
+
+        monkeypatch.setattr(kv_growth, "_longer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_room([ours], 1)
+        make_room([ours], 1)
+        update(ours, 1, 5)
+        update(stock, 1, 5)
+        assert same(ours, stock)
 
     def test_reaches_the_parts_of_a_list_and_leaves_other_kinds_alone(self) -> None:
         inner, rotating, joined = KVCache(), RotatingKVCache(max_size=300), ConcatenateKVCache()
