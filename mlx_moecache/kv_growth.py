@@ -56,10 +56,10 @@ def flat(caches: Sequence[Any]) -> Iterator[Any]:
 
 
 def largest_buffer(cache: Any) -> int:
-    """Bytes of the largest tensor that `make_room` would copy."""
+    """The most bytes of old tensors that `make_room` keeps while their copies are made: those of keys or of values."""
     if type(cache) not in GROWN or cache.empty():
         return 0
-    return max(int(a.nbytes) for a in (*_buffers(cache.keys), *_buffers(cache.values)))
+    return max(sum(int(a.nbytes) for a in _buffers(held)) for held in (cache.keys, cache.values))
 
 
 def _buffers(held: Any) -> Sequence[mx.array]:

@@ -75,6 +75,21 @@ class TestMakeRoom:
         assert grown - before == 6 * old // 16
         assert mx.get_peak_memory() <= grown + old + 4096
 
+    def test_of_a_quantised_cache_keeps_numbers_scales_and_biases_of_one_kind(self) -> None:
+        cache = KVCache()
+        update(cache, 4096)
+        quantised = cache.to_quantized(group_size=32, bits=4)
+        del cache
+        mx.eval(quantised.keys, quantised.values)
+        gc.collect()
+        mx.clear_cache()
+        old = sum(a.nbytes for a in quantised.keys)
+        assert largest_buffer(quantised) == old
+        mx.reset_peak_memory()
+        make_room([quantised], 1)
+        grown = mx.get_active_memory()
+        assert grown + old - 4096 <= mx.get_peak_memory() <= grown + old + 4096
+
     def test_that_was_interrupted_is_made_good_by_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ours, stock = KVCache(), KVCache()
         update(ours, 256)
