@@ -21,7 +21,7 @@ from .guess import Guess
 from .observer import RoutedCall, Scores
 from .optimistic import Optimist, Unchecked
 from .residents import Load, Wave, hottest_last
-from .routing import Original, probabilities
+from .routing import Original
 from .seam import SelectionSeam
 from .stats import PhaseStats
 
@@ -220,7 +220,7 @@ class CachedSwitch:
             indices = seen.selected.astype(mx.uint32)
         scores = mx.take_along_axis(seen.scores, indices, axis=-1)
         watched = self.cache.observers and seen.own is not None
-        p = probabilities(seen.scores, logits=seen.in_logits) if watched else None
+        p = seen.probabilities if watched else None
         lazy = [a for a in (indices, scores, seen.mean_range, seen.swapped, p, seen.own) if a is not None]
         self._wait(stats, *lazy, *earlier)
         ids = np.array(indices)

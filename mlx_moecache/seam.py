@@ -34,7 +34,7 @@ class Observation:
     swapped: mx.array | None  # scalar: selections that are not in the router's own top-k; None if unbiased
     selected: mx.array | None = None  # [T, k], only if the router also selects experts that the switch does not have
     own: mx.array | None = None  # [T, k], what upstream's code selected, if somebody watches
-    in_logits: bool = True  # whether z are logits (see probabilities)
+    probabilities: mx.array | None = None  # p [T, E], if somebody watches
 
 
 class SelectionSeam:
@@ -50,7 +50,7 @@ class SelectionSeam:
 
     Group-limited routers: the same z within the allowed groups. Experts of other groups (filled with 0 or -inf) count
     neither in D nor among the J protected ones and are never selected for being resident. Strategies see p = softmax(z)
-    where z is logits, else max(z, 0) scaled to sum 1 over the allowed experts.
+    where z is logits, else z less the mean of b as shares of the k best (see `probabilities`).
     """
 
     def __init__(self, owner: nn.Module, num_experts: int) -> None:
@@ -68,7 +68,7 @@ class SelectionSeam:
         self._observation: Observation | None = None
         self._logits: mx.array | None = None
         self._sigmoid = False  # the current call formed its scores with a sigmoid
-        self._corrected = any(isinstance(getattr(owner, b, None), mx.array) for b in CORRECTION_BIASES)
+        self._correction = next((b for b in CORRECTION_BIASES if isinstance(getattr(owner, b, None), mx.array)), None)
         children = [m for m in owner.values() if isinstance(m, nn.Module)]
         self._softmax_module = any(isinstance(m, nn.Softmax) for m in children)  # its mx is not ours to replace
         self._sigmoid_module = any(isinstance(m, nn.Sigmoid) for m in children)
@@ -114,16 +114,16 @@ class SelectionSeam:
         sign = -1.0 if kth >= 0 else 1.0
         c = (sign * a).astype(mx.float32)
         logits = self._logits
-        is_logit = not self._corrected and (self._softmax_module or (logits is not None and logits.size == a.size))
+        is_logit = self._correction is None and (self._softmax_module or (logits is not None and logits.size == a.size))
         z = c
         if is_logit:
             z = mx.log(c) if logits is None else logits.astype(mx.float32).reshape(a.shape)
         dropped = c == -mx.inf
-        if is_logit or self._corrected or self._sigmoid:  # a plain logit may well be 0
+        if is_logit or self._correction is not None or self._sigmoid:  # a plain logit may well be 0
             dropped = dropped | (c == 0)
         z = mx.where(dropped, -mx.inf, z)  # such experts must not take one of the J protected places
         part = slice(0, k) if kth >= 0 else slice(-k, None)
-        in_logits = is_logit or not (self._corrected or self._sigmoid)
+        in_logits = is_logit or (self._correction is None and not self._sigmoid)
         ranked = self._observe(z, k, in_logits, own[..., part])
         kept = self.strategy.kept(k)
         if ranked is None:
@@ -179,8 +179,8 @@ class SelectionSeam:
         E = self.ranked = z.shape[-1]
         flat = z.reshape(-1, E)
         if self.window is not None:
-            self._observation = Observation(flat, None, None, in_logits=in_logits)
-            p = probabilities(z, logits=in_logits)
+            self._observation = Observation(flat, None, None)
+            p = self._probabilities(z, k, in_logits)
             biased = self.window(flat, p.reshape(-1, E), own.reshape(-1, k))
             if biased is None:
                 return None
@@ -189,17 +189,25 @@ class SelectionSeam:
         mean_range = None
         if self.strategy.uses_residents:
             mean_range = self.range.mean if self._guesses else self.range.observe(flat)
-        self._observation = Observation(flat, mean_range, None, in_logits=in_logits)
+        self._observation = Observation(flat, mean_range, None)
         if self.watched or self._guesses:
             self._observation.own = own.reshape(-1, k)
+        if self.watched:
+            self._observation.probabilities = self._probabilities(flat, k, in_logits)
         mask = self.bias_mask(flat.shape[0])
         if mask is not None and self.num_experts < E:  # what computes nothing is always there
             mask = mx.concatenate([mask, mx.ones(E - self.num_experts)])
         # Strength 0 hands the model's own result through: a zero bonus could still order ties differently.
         if mask is None or self.strategy.is_exact:
             return None
-        p = probabilities(z, logits=in_logits)
+        p = self._probabilities(z, k, in_logits)
         return self.strategy.rank(z, p, mask, mx.array(0.0) if mean_range is None else mean_range, k)
+
+    def _probabilities(self, z: mx.array, k: int, in_logits: bool) -> mx.array:
+        biases = None if self._correction is None else getattr(self.owner, self._correction)  # loaded after the seam
+        return probabilities(
+            z, k, logits=in_logits, offset=None if biases is None else biases.astype(mx.float32).mean()
+        )
 
     def _same(self, own: mx.array, other: mx.array) -> mx.array:
         """[.., 1], true for tokens whose selected set is upstream's; its own result then keeps the order of sums."""

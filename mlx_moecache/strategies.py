@@ -5,7 +5,7 @@ weights are always formed by the model's own code from its own, unbiased scores.
 once and read nothing on the host. Symbols, all in float32:
 
     z [.., E]       what the model ranks its experts by: logits, or corrected scores; -inf for experts it ruled out
-    p [.., E]       router probabilities, by which the price of a change is measured; 0 for experts that are ruled out
+    p [.., E]       router mass, by which a change is priced (see `probabilities`); 0 for experts that are ruled out
     resident        [E] or [.., E], 1 for experts that are in memory before this token, else 0
     mean_range D    scalar or [.., 1], the running mean of Delta_t = max(z) - min(z), token t included
     m [.., E]       1 for favoured experts: residents, and the J best, which are kept whatever is resident
@@ -151,11 +151,11 @@ class MaxRank(_Base):
 class CumulativeThreshold(_Base):
     """Cumulative threshold (Algorithm 2): Max-Rank whose M is, per token, the fewest best experts with P of the mass.
 
-    M_t is the smallest m for which the p of the m best of z sum up to at least P; P = 0 changes nothing.
+    M_t is the smallest m for which the p of the m best of z sum up to at least P of all p; P = 0 changes nothing.
     """
 
     top_j: int = 2
-    threshold: float = 0.5  # P, a share of the router mass p
+    threshold: float = 0.5  # P, a share of the router mass of all experts
 
     name = "cumsum"
 
@@ -172,7 +172,8 @@ class CumulativeThreshold(_Base):
         order = mx.argsort(-z, axis=-1)
         mass_before = mx.cumsum(mx.take_along_axis(p, order, axis=-1), axis=-1, inclusive=False)
         r = _invert(order)
-        within = mx.take_along_axis(mass_before, r, axis=-1) < self.threshold  # position r lies among the first M_t
+        enough = self.threshold * p.sum(axis=-1, keepdims=True)
+        within = mx.take_along_axis(mass_before, r, axis=-1) < enough  # position r lies among the first M_t
         return _first(z, r, (r < min(self.top_j, k)) | (within & (resident > 0)))
 
 
@@ -316,12 +317,18 @@ def _smallest(cost: mx.array, n: int) -> tuple[mx.array, mx.array]:
     return experts, mx.take_along_axis(cost, experts, axis=-1)
 
 
-def probabilities(z: mx.array, *, logits: bool) -> mx.array:
-    """p [.., E] of a router that ranks by z (-inf: ruled out): softmax of logits, or scores made to sum up to 1."""
+def probabilities(z: mx.array, k: int, *, logits: bool, offset: mx.array | None = None) -> mx.array:
+    """p [.., E] of a router that ranks by z (-inf: ruled out) and selects k experts.
+
+    Of logits their softmax. Scores are independent of each other: their sum over all experts grows with E, while the
+    mixing weights are shares of what the k best have together, and so is p. offset: the mean of the correction biases;
+    a constant in them changes no selection and no weight, and in published models it exceeds the scores many times.
+    """
     if logits:
         return mx.softmax(z, axis=-1, precise=True)
-    positive = mx.maximum(z, 0.0)  # a correction bias may push a score below 0
-    return positive / mx.maximum(positive.sum(axis=-1, keepdims=True), 1e-20)
+    s = mx.maximum(z if offset is None else z - offset, 0.0)  # a correction bias may push a score below 0
+    best = mx.topk(s, min(k, s.shape[-1]), axis=-1).sum(axis=-1, keepdims=True)
+    return s / mx.maximum(best, 1e-20)
 
 
 class RunningRange:

@@ -126,8 +126,14 @@ class _WatchedLayer:
         self.scores.append(z)
         residents = set(self.block.layer.residents.experts)
         came, left = residents - self._born.keys(), self._born.keys() - residents
-        p = np.exp(z - z.max(), dtype=np.float64)
-        p /= p.sum()
+        assert self.block.seam is not None
+        bias = getattr(self.block.seam.owner, "e_score_correction_bias", None)
+        if bias is None:
+            p = np.exp(z - z.max(), dtype=np.float64)
+            p /= p.sum()
+        else:
+            p = np.maximum(z - np.array(bias, dtype=np.float64).mean(), 0)
+            p /= p[own].sum()
         c.tokens += 1
         c.token_layers += 1
         c.selections += len(ids)

@@ -19,7 +19,7 @@ from tiny_models import MODEL_TYPES, Shelf, build_model, num_experts, random_tok
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.moe_block import find_blocks
 from mlx_moecache.routing import CachePrior
-from mlx_moecache.seam import SelectionSeam, find_owner
+from mlx_moecache.seam import CORRECTION_BIASES, SelectionSeam, find_owner
 
 D, E, K = 16, 8, 3
 
@@ -151,6 +151,35 @@ class TestRoutersWithCorrectionBias:
         x = rows(20, seed=2).reshape(1, 20, D)
         (a, b), (c, d) = gate(x), plain(x)
         assert np.array_equal(np.array(a), np.array(c)) and same_bits(b, d)
+
+
+ALL_BIASED = ("cache-prior:strength=1", "price:delta=0.2", "mass-budget:delta=0.2", "bounded-regret:epsilon=0.2")
+
+
+class TestAConstantInTheCorrectionBias:
+    """Published models have biases of 7 to 35 that differ by some hundredths; only the differences mean something."""
+
+    @pytest.mark.parametrize("routing", [*ALL_BIASED, "max-rank:m=8", "cumsum:p=0.9", "pruning:k=1"])
+    @pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe", "minimax", "longcat_flash"])
+    def test_changes_no_selection_of_any_strategy(self, shelf: Shelf, model_type: str, routing: str) -> None:
+        folder = shelf.checkpoint(model_type)
+        runs = []
+        for constant in (0.0, 8.0):
+            opened = OpenedModel(folder)
+            slots = max(x.k for x in opened.layer_shapes) + 1
+            model = opened.load(MemoryOptions(slots=slots), CacheOptions(routing=routing))
+            for layer in model.expert_cache.layers:
+                name = next(n for n in CORRECTION_BIASES if n in layer.seam.owner)
+                layer.seam.owner[name] = layer.seam.owner[name] + constant
+            kv = make_prompt_cache(model)
+            logits = [model(random_tokens(1, 1, seed=i), cache=kv) for i in range(12)]
+            stats = model.expert_cache.stats.decode
+            runs.append((np.array(mx.concatenate(logits, axis=1)), stats.swapped, stats.loads))
+            model.expert_cache.close()
+        (want, swapped, loads), (got, swapped_too, loads_too) = runs
+        assert (swapped_too, loads_too) == (swapped, loads)
+        assert swapped > 0 or routing == "pruning:k=1"
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 class TestGroupsDroppedInTheLogits:

@@ -143,7 +143,7 @@ class TestAgainstThePseudocode:
         rng = np.random.default_rng(len(name))
         z = rng.standard_normal((2, 3, E)).astype(np.float32)
         z[0, 1, [2, 5]] = -np.inf
-        p = np.array(probabilities(mx.array(z), logits=True))
+        p = np.array(probabilities(mx.array(z), K, logits=True))
         mask = rng.integers(0, 2, z.shape).astype(np.float32)
         mean = rng.uniform(1, 5, (2, 3, 1)).astype(np.float32)
         strategy = DEFAULTS[name]
@@ -219,7 +219,7 @@ class TestWhatIsSelected:
     def test_the_routers_order_of_ties_may_stay(self) -> None:
         """Price rounds small p to equal values: the J best stay ahead of residents that round to the same."""
         z = np.array([20.0, -10.0, -12.0, -13.0], dtype=np.float32)
-        p = probabilities(mx.array(z), logits=True)
+        p = probabilities(mx.array(z), K, logits=True)
         ranked = np.array(Price(0.5, 2).rank(mx.array(z), p, mx.array([0.0, 0, 1, 1]), mx.array(1.0), 2))
         assert set(np.argsort(-ranked)[:2].tolist()) == {0, 1} and (ranked[2:] < ranked[1]).all()
 
@@ -231,7 +231,7 @@ class TestNeverMoreThanTheBudget:
 
     @given(st.floats(0, 0.3), hnp.arrays(np.float32, E, elements=st.floats(-8, 8, width=32)), masks)
     def test_mass_budget_keeps_to_delta_whatever_ties(self, delta: float, z: Array, mask: Mask) -> None:
-        p = np.array(probabilities(mx.array(z), logits=True))
+        p = np.array(probabilities(mx.array(z), K, logits=True))
         t = Token(z, p, mask, 4.0)
         assert t.mass(np.argpartition(-z, K - 1)[:K]) - t.mass(select(MassBudget(delta, 1), t)) <= delta + 1e-6
 
@@ -291,12 +291,23 @@ class TestProbabilities:
     @given(hnp.arrays(np.float32, E, elements=st.floats(-30, 30, width=32)), st.sets(st.integers(0, E - 1), max_size=8))
     def test_of_logits_are_their_softmax_over_the_experts_not_ruled_out(self, z: Array, out: set[int]) -> None:
         z[list(out)] = -np.inf
-        p = np.array(probabilities(mx.array(z), logits=True))
+        p = np.array(probabilities(mx.array(z), K, logits=True))
         np.testing.assert_allclose(p, reference.softmax(z.astype(np.float64)), rtol=1e-4, atol=1e-30)
 
     def test_of_scores_are_their_shares_and_never_negative(self) -> None:
-        p = probabilities(mx.array([[0.6, -0.1, 0.2, -mx.inf], [-1.0, -2.0, -mx.inf, -mx.inf]]), logits=False)
+        p = probabilities(mx.array([[0.6, -0.1, 0.2, -mx.inf], [-1.0, -2.0, -mx.inf, -mx.inf]]), 2, logits=False)
         np.testing.assert_allclose(np.array(p), [[0.75, 0, 0.25, 0], [0, 0, 0, 0]], rtol=1e-6)
+
+    def test_of_scores_are_shares_of_the_k_best_however_many_experts_there_are(self) -> None:
+        few = [0.6, 0.4, 0.3]
+        p = np.array(probabilities(mx.array([[*few, *[0.1] * 253]]), 2, logits=False))[0]
+        np.testing.assert_allclose(p[:4], [0.6, 0.4, 0.3, 0.1], rtol=1e-6)
+        np.testing.assert_array_equal(np.array(probabilities(mx.array([few]), 2, logits=False))[0], p[:3])
+
+    def test_of_scores_do_not_know_a_constant_in_the_correction_biases(self) -> None:
+        z = mx.array([[0.5, 0.25, 0.125, 0.0]])
+        p = [np.array(probabilities(z + c, 2, logits=False, offset=mx.array(c))) for c in (0.0, 8.0)]
+        np.testing.assert_array_equal(p[0], p[1])
 
 
 LIVE: list[Strategy] = [

@@ -125,10 +125,11 @@ class TestWhatWasRecorded:
         assert np.array_equal(recorded_p[5:], p) and (recorded_p[:5, 7] == 0).all()
 
     @pytest.mark.parametrize("experts", [64, 65, 256])
+    @pytest.mark.parametrize("constant", [0, 32])  # correction biases of published models
     def test_the_routers_own_experts_rank_first_also_where_scores_are_rounded(
-        self, tmp_path: Path, experts: int
+        self, tmp_path: Path, experts: int, constant: int
     ) -> None:
-        z = scores(200, 0, experts)
+        z = scores(200, 0, experts) + np.float32(constant)
         z[:, 1::2] = z[:, ::2][:, : experts // 2] + np.float32(1e-5)  # ties in float16
         with TraceWriter(tmp_path / "t", header(1, experts)) as writer:
             writer.record(0, "prefill", z, top(z), top(z))
@@ -136,7 +137,8 @@ class TestWhatWasRecorded:
         recorded, _ = layer.scores()
         assert np.array_equal(np.sort(top(recorded)), np.sort(top(z))) and np.array_equal(layer.own, top(z))
         assert np.array_equal(recorded, z) == (experts <= 64)
-        assert np.abs(recorded - z).max() < 3e-3
+        distances = [x.max(axis=-1, keepdims=True) - x for x in (recorded, z)]  # a constant means nothing
+        assert np.abs(distances[0] - distances[1]).max() < 4e-3
         assert (tmp_path / "t").stat().st_size < 200 * (experts * (4 if experts <= 64 else 2) + 4 * K) + 700
 
     def test_selections_of_a_router_that_cannot_be_observed_keep_their_order(self, tmp_path: Path) -> None:

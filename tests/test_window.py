@@ -13,6 +13,7 @@ from stepwise_scorer import StepwiseScorer
 from tiny_models import Shelf, random_tokens, run_model, same_bits
 
 from mlx_moecache.errors import UsageError
+from mlx_moecache.expert_cache import LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.routing import (
     BoundedRegret,
@@ -24,6 +25,7 @@ from mlx_moecache.routing import (
     Price,
     Pruning,
     Strategy,
+    probabilities,
 )
 from mlx_moecache.seam import SelectionSeam
 from mlx_moecache.study.recurrence import LayerRecurrence
@@ -97,7 +99,7 @@ class TestAgainstStepping:
 
         # From equal scores follow equal selections: replay the scores that stepping saw.
         replayed = [
-            LayerRecurrence(x.num_experts, x.k, slots, strategy).run(scores, _probabilities(scores, model_type), own)
+            LayerRecurrence(x.num_experts, x.k, slots, strategy).run(scores, _probabilities(scores, x), own)
             for x, scores, own in zip(stepwise.cache.layers, stepwise.scores, _own(stepwise), strict=True)
         ]
         for trace, ran in zip(replayed, stepwise.selections, strict=True):
@@ -112,8 +114,7 @@ class TestAgainstStepping:
         lost, lost_too = ours.mass_lost, theirs.mass_lost
         ours.mass_lost = theirs.mass_lost = 0.0
         assert ours == theirs
-        if model_type != CORRECTED:
-            assert lost == pytest.approx(lost_too, abs=1e-4)
+        assert lost == pytest.approx(lost_too, abs=1e-4)
         if not strategy.is_exact and not isinstance(strategy, Pruning):
             assert ours.swapped > 0
 
@@ -261,7 +262,7 @@ def _own(stepwise: StepwiseScorer) -> list[np.ndarray]:
     return [np.asarray(x, dtype=np.intp) for x in stepwise.own_selections]
 
 
-def _probabilities(z: np.ndarray, model_type: str) -> np.ndarray:
-    from mlx_moecache.routing import probabilities
-
-    return np.array(probabilities(mx.array(z), logits=model_type != CORRECTED))
+def _probabilities(z: np.ndarray, layer: LayerExperts) -> np.ndarray:
+    bias = getattr(layer.seam.owner, "e_score_correction_bias", None) if layer.seam is not None else None
+    offset = None if bias is None else mx.array(bias).mean()
+    return np.array(probabilities(mx.array(z), layer.k, logits=bias is None, offset=offset))

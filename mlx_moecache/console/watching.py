@@ -60,6 +60,5 @@ def dry_run_line(estimate: DryRunEstimate) -> str:
     lost = estimate.mass_lost / max(1, estimate.selections)
     return (
         f"dry run  {estimate.routing} would have swapped {estimate.swapped / estimate.selections:.1%} of selections "
-        f"and saved {saved:.0%} of {estimate.misses_exact:,} misses (estimate), giving up {lost:.2%} of router "
-        "probability"
+        f"and saved {saved:.0%} of {estimate.misses_exact:,} misses (estimate), giving up {lost:.2%} of router mass"
     )

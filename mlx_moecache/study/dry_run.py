@@ -27,7 +27,7 @@ class DryRunEstimate:
     swapped: int  # selections that the strategy would have changed
     misses_exact: int  # of the shadow cache that is routed as the model does
     misses_biased: int
-    mass_lost: float  # router probability given up, summed over tokens and layers
+    mass_lost: float  # router mass given up, summed over tokens and layers
 
     @property
     def saved(self) -> int:

@@ -34,7 +34,7 @@ class Counts:
     all_hit: int = 0  # token-layers without a miss: the host need not wait for a read
     lives: int = 0  # experts evicted, and how long they were resident, in tokens; those still there do not count
     life_tokens: int = 0
-    mass_lost: float = 0.0  # router probability of its own selections less that of those that ran
+    mass_lost: float = 0.0  # router mass of its own selections less that of those that ran
 
     def __iadd__(self, other: Counts) -> Counts:
         """Add what the same layers did with further tokens."""

@@ -37,7 +37,7 @@ class Unit:
     all_hit: int | None = None  # those without a miss
     lives: int | None = None  # evictions: lives of experts that ended
     life_tokens: int | None = None  # their length from insertion, in tokens
-    mass_lost: float | None = None  # router probability of the own top-k less that of the chosen
+    mass_lost: float | None = None  # router mass of the own top-k less that of the chosen
     belady_misses: int | None = None  # of the best eviction possible on the original routes
     correct: int | None = None  # 1: the question was answered
     scores: dict[str, int] | None = None  # other ways to judge the same answer, 0 or 1, by name

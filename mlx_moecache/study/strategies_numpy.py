@@ -72,7 +72,7 @@ def _max_rank(s: MaxRank, z: Array, p: Array | None, resident: Array, D: np.floa
 def _cumsum(s: CumulativeThreshold, z: Array, p: Array, resident: Array, D: np.float32, k: int) -> Array:
     r = order(z)
     reached = p[r].cumsum()
-    m = 0 if s.threshold == 0 else 1 + int((reached[:-1] < np.float32(s.threshold)).sum())  # M_t
+    m = 0 if s.threshold == 0 else 1 + int((reached[:-1] < np.float32(s.threshold) * p.sum()).sum())  # M_t
     promoted = r[s.top_j : m]
     return _first(z, r, np.concatenate([r[: s.top_j], promoted[resident[promoted] > 0]]))
 
