@@ -79,6 +79,7 @@ class MoeBlock:
         finally:
             self.seam.enabled = False
         observed = self.seam.take()  # taken in any case: the first forward pass must not find it
+        self.seam.range.reset()  # nor must D know these rows
         if self.seam.selections != 1 or observed is None:
             return f"the selection was seen {self.seam.selections} times instead of once"
         pairs = list(zip(expected, seen, strict=True))

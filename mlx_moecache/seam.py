@@ -187,7 +187,7 @@ class SelectionSeam:
             resident, means = biased
             return self.strategy.rank(z, p, resident.reshape(z.shape), means.reshape(*z.shape[:-1], 1), k)
         mean_range = None
-        if self.strategy.uses_residents:
+        if self.strategy.uses_residents or flat.shape[0] > 1:  # a prompt counts whatever the strategy: it may change
             mean_range = self.range.mean if self._guesses else self.range.observe(flat)
         self._observation = Observation(flat, mean_range, None)
         if self.watched or self._guesses:

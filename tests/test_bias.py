@@ -294,6 +294,15 @@ class TestRunningMean:
             mean = block.running_range.total.item() / block.running_range.tokens
             assert mean == pytest.approx(np.mean(ranges), rel=1e-5)
 
+    def test_a_prompt_that_was_read_exactly_counts_when_a_bias_is_switched_on(self, shelf: Shelf) -> None:
+        m, exact = Biased(shelf, "qwen2_moe", slots=5), Biased(shelf, "qwen2_moe", slots=5)
+        exact.cache.set_strategy("original")
+        for x in (m, exact):
+            run_model(x.model, random_tokens(1, 30), [30])
+        for a, b in zip(exact.blocks, m.blocks, strict=True):
+            assert a.running_range.tokens == b.running_range.tokens == 30
+            assert a.running_range.total.item() == b.running_range.total.item()
+
     def test_reset_starts_it_again(self, shelf: Shelf) -> None:
         m = Biased(shelf, "mixtral", slots=3)
         run_model(m.model, random_tokens(1, 10), [10])

@@ -18,7 +18,7 @@ from mlx_moecache.eviction import EVICTION
 from mlx_moecache.expert_cache import ExpertCache, LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.observer import RoutedCall
-from mlx_moecache.residents import Load
+from mlx_moecache.residents import Load, uses_of
 from mlx_moecache.routing import CachePrior, Original
 from mlx_moecache.study.recurrence import Counts, LayerRecurrence
 from mlx_moecache.study.shared_pool import SHARED_POLICIES, replay_shared
@@ -208,9 +208,11 @@ class TestStrategies:
             recurrence = LayerRecurrence(E, K, 5, strategy, eviction="lfru")
             recurrence.reset_cache([1, 2])
             z, p = layer.scores()
-            for decode, first, end in zip(layer.decode, layer.calls, layer.calls[1:], strict=False):
-                for t in range(first, end):
-                    recurrence.step(z[t], p[t], layer.own[t], biased=bool(decode))
+            for first, end in zip(layer.calls, layer.calls[1:], strict=False):
+                if end - first > 1:
+                    recurrence.call(uses_of(layer.own[first:end].tolist()), end - first, z[first:end])
+                else:
+                    recurrence.step(z[first], p[first], layer.own[first])
             total = Counts()
             total += counts.prefill
             total += counts.decode
@@ -219,6 +221,20 @@ class TestStrategies:
             assert total == recurrence.counts
             assert (counts.prefill.tokens, counts.decode.tokens) == (29, 35)
             assert counts.prefill.swapped == 0 < counts.decode.swapped
+
+    @pytest.mark.parametrize("slots", [3, 5, 9])
+    @pytest.mark.parametrize("eviction", EVICTION)
+    def test_one_that_changes_nothing_counts_what_original_routing_counts(
+        self, folder: Path, eviction: str, slots: int
+    ) -> None:
+        """Also the lives, the prompts' chunks (of more experts than slots) and what these leave for decoding."""
+        trace = scored(folder, [20, *[1] * 30, 9, *[1] * 5])
+        for layer in trace.layers:
+            for starts in ({0: []}, {0: [1, 2], 30: [3]}):
+                original = replay_layer(layer, slots, eviction, starts)
+                for strategy in (Original(), CachePrior(0.0, 1)):
+                    assert replay_strategy(layer, layer.scores(), slots, eviction, strategy, starts) == original
+                assert original.decode.misses > 0 < original.prefill.misses
 
     def test_that_prefer_residents_miss_less_and_are_called_approximate(self, folder: Path) -> None:
         trace = scored(folder, [1] * 60)

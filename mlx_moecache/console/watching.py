@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def check_watching(args: argparse.Namespace) -> None:
-    """Refuse what contradicts a dry run, which is exact by definition. Raises UsageError."""
+    """Refuse what contradicts a dry run, exact by definition, or a trace, which begins cold. Raises UsageError."""
+    if args.trace is not None and args.warm_start:
+        raise UsageError(
+            "a trace is replayed from an empty cache, so --trace cannot be recorded with --warm-start; leave one of "
+            "them out"
+        )
     if args.dry_run_strength is None:
         return
     if args.routing not in (None, "original") or args.strength or args.top_j is not None:
@@ -46,8 +51,7 @@ def watching(args: argparse.Namespace, folder: Path, name: str, model: nn.Module
             writer.begin_sequence()
         if args.dry_run_strength is not None:
             strategy = CachePrior(args.dry_run_strength, default_top_j(min(x.k for x in cache.layers)))
-            shapes = [(x.num_experts, x.k, x.residents.capacity) for x in cache.layers]
-            dry_run = DryRun(strategy, shapes, cache.layers[0].residents.eviction)
+            dry_run = DryRun(strategy, [(x.k, x.residents) for x in cache.layers])
             stack.enter_context(cache.observed_by(dry_run))
         yield dry_run
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..observer import RoutedCall
+from ..observer import Ids, RoutedCall, Scores
+from ..residents import Residents, uses_of
 from ..strategies import Original, Strategy
 from .recurrence import LayerRecurrence, over_layers
 from .trace_format import softmax
@@ -41,11 +42,15 @@ class DryRun:
     Layers whose experts all fit are left out, as in the statistics.
     """
 
-    def __init__(self, strategy: Strategy, layers: Sequence[tuple[int, int, int]], eviction: str = "lru") -> None:
-        """layers: (E, k, slots) of each. Raises UsageError for settings that cannot work."""
-        self.strategy, self._layers, self._eviction = strategy, layers, eviction
-        self._ranked = [experts for experts, _, _ in layers]  # experts that the router ranks, as far as is known
-        self._pairs = [self._pair(i) if slots < experts else () for i, (experts, _, slots) in enumerate(layers)]
+    def __init__(self, strategy: Strategy, layers: Sequence[tuple[int, Residents]]) -> None:
+        """layers: k of each, and what it holds, from which the shadow caches begin as copies.
+
+        Raises UsageError for settings that cannot work.
+        """
+        self.strategy = strategy
+        self._start = [(k, residents.copy()) for k, residents in layers]
+        self._ranked = [r.num_experts for _, r in layers]  # experts that the router ranks, as far as is known
+        self._pairs = [self._pair(i) if r.capacity < r.num_experts else () for i, (_, r) in enumerate(layers)]
 
     def observe(self, call: RoutedCall) -> None:
         """One call of a layer. Only single tokens at decode are routed by the strategy, as in a real run.
@@ -59,20 +64,30 @@ class DryRun:
             self._ranked[call.layer] = call.z.shape[-1]
             pair = self._pairs[call.layer] = self._pair(call.layer)
         p = softmax(call.z) if call.p is None else call.p
-        biased = call.phase == "decode" and (call.steps or len(call.z) == 1)
+        alone = call.steps or len(call.z) == 1
         for recurrence in pair:
             before = replace(recurrence.counts)
-            recurrence.run(call.z, p, call.own.astype(np.intp), biased_from=0 if biased else len(call.z))
+            if alone:
+                biased_from = 0 if call.phase == "decode" else len(call.z)
+                recurrence.run(call.z, p, call.own.astype(np.intp), biased_from=biased_from)
+            else:
+                recurrence.call(uses_of(_rows(call.own, call.z, recurrence.residents.num_experts)), len(call.z), call.z)
             if call.phase != "decode":
                 recurrence.counts = before  # the prompt warms the caches and is not counted
 
     def _pair(self, layer: int) -> tuple[LayerRecurrence, ...]:
         """Shadow caches of one layer: routed as the model does, and by the strategy."""
-        experts, k, slots = self._layers[layer]
-        return tuple(
-            LayerRecurrence(experts, k, slots, s, eviction=self._eviction, ranked=self._ranked[layer])
+        k, start = self._start[layer]
+        pair = tuple(
+            LayerRecurrence(
+                start.num_experts, k, start.capacity, s, eviction=start.eviction, ranked=self._ranked[layer]
+            )
             for s in (Original(), self.strategy)
         )
+        for recurrence in pair:
+            recurrence.reset_cache(start.eviction_order())
+            recurrence.residents.adopt_history(start)
+        return pair
 
     def estimate(self) -> DryRunEstimate:
         """What was seen so far."""
@@ -88,3 +103,9 @@ class DryRun:
             biased.misses,
             biased.mass_lost,
         )
+
+
+def _rows(own: Ids, z: Scores, experts: int) -> list[list[int]]:
+    """The selections of each token, its best first; those that compute nothing are left out."""
+    order = np.lexsort((own, -np.take_along_axis(z, own, axis=-1)), axis=-1)
+    return [[e for e in row if e < experts] for row in np.take_along_axis(own, order, axis=-1).tolist()]

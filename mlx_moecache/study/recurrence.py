@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from ..residents import Residents
+from ..residents import Load, Residents
 from ..strategies import Strategy
 from .strategies_numpy import Array, select
 
@@ -121,7 +121,7 @@ class LayerRecurrence:
         self.residents.seed(experts)
         self._mask[: self.residents.num_experts] = 0
         self._mask[list(experts)] = 1
-        self._born = dict.fromkeys(experts, self._tokens)
+        self._born = dict.fromkeys(experts, self._tokens + 1)  # as if the next token had brought them
 
     def step(self, z: Array, p: Array | None, own: npt.ArrayLike, *, biased: bool = True) -> Ids:
         """Route one token and update the cache; returns the experts that ran: `own` itself if the set is the same.
@@ -148,6 +148,35 @@ class LayerRecurrence:
             chosen = self._advance(z[t], None if p is None else p[t], own_ids, D, t >= biased_from)
             ids[t, : len(chosen)] = chosen
         return RecurrenceTrace(ids, residents, means)
+
+    def call(self, uses: Sequence[tuple[int, int]], rows: int, z: Array | None = None) -> tuple[list[int], list[Load]]:
+        """Serve `rows` tokens that go through the layer together, unbiased, as the engine does: (missing, loads).
+
+        uses: (expert, count), those worth keeping last (see `uses_of`). z: [rows, E] scores; None: D is not needed.
+        """
+        c, resident = self.counts, self.residents
+        self._tokens += 1  # experts come with the first of these tokens
+        needed = [e for e, _ in uses]
+        missing = [e for e in needed if e not in resident]
+        misses = sum(n for e, n in uses if e not in resident)
+        loads: list[Load] = []
+        if len(needed) <= resident.capacity:
+            loads = self._load(needed)
+        else:
+            for wave in resident.plan_waves(needed):
+                self._publish(wave.loads)
+                loads += wave.loads
+        resident.touch(uses, rows)
+        self._tokens += rows - 1
+        for token_range in _ranges(z) if z is not None else ():
+            self._range_total = self._range_total + token_range
+        c.tokens += rows
+        c.token_layers += rows
+        c.selections += sum(n for _, n in uses)
+        c.misses += misses
+        c.loads += len(loads)
+        c.all_hit += rows * (misses == 0)
+        return missing, loads
 
     # ---- inside ----
 
@@ -192,9 +221,15 @@ class LayerRecurrence:
             self.counts.mass_lost += float(p[own].sum() - p[chosen].sum())
         return chosen
 
-    def _load(self, experts: list[int]) -> None:
-        """Make all of `experts` resident, and count the lives that this ends."""
-        loads, now, c = self.residents.plan(experts), self._tokens, self.counts
+    def _load(self, experts: list[int]) -> list[Load]:
+        """Make all of `experts` resident."""
+        loads = self.residents.plan(experts)
+        self._publish(loads)
+        return loads
+
+    def _publish(self, loads: Sequence[Load]) -> None:
+        """The experts of `loads` are resident; count the lives that this ends."""
+        now, c = self._tokens, self.counts
         self.residents.publish(loads)
         for x in loads:
             if x.victim is not None:

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..residents import Load, Residents, hottest_last
-from ..strategies import Strategy
+from ..residents import Load, uses_of
+from ..strategies import Original, Strategy
 from .belady import Belady
 from .recurrence import Counts, LayerRecurrence
 from .trace import LayerTrace
@@ -61,15 +61,7 @@ def calls_of(layer: LayerTrace) -> Iterator[Call]:
         rows = [[e for e in row if e < layer.shape.experts] for row in rows]
     for i, phase in enumerate(decode):
         first, end = bounds[i], bounds[i + 1]
-        if end - first == 1:
-            uses = [(e, 1) for e in rows[first]]
-        else:
-            counts: dict[int, int] = {}
-            for row in rows[first:end]:
-                for e in row:
-                    counts[e] = counts.pop(e, 0) + 1  # to the end: the order is that of the last use
-            uses = hottest_last(list(counts.items()))
-        yield Call(i, first, end - first, phase, uses)
+        yield Call(i, first, end - first, phase, uses_of(rows[first:end]))
 
 
 def starts_of(layer: LayerTrace, slots: int, initial: Initial, *, seed: int = 0) -> dict[int, list[int]]:
@@ -104,33 +96,12 @@ def replay_layer(
 
     Raises UsageError for an unknown policy.
     """
-    residents = Residents(layer.shape.experts, min(slots, layer.shape.experts), eviction)
-    counts, born, clock = PhaseCounts(), dict[int, int](), 0
+    recurrence, counts = _recurrence(layer, slots, eviction, Original()), PhaseCounts()
     for call in calls_of(layer):
         if call.number in starts:
-            residents.seed(starts[call.number])
-            born = dict.fromkeys(starts[call.number], clock)
-        into, needed = counts.of(call.decode), call.needed
-        missing = [e for e in needed if e not in residents]
-        misses, loads = len(missing), list[Load]()
-        if missing:
-            if call.rows > 1:
-                misses = sum(n for e, n in call.uses if e not in residents)
-            if len(needed) <= residents.capacity:
-                loads = residents.plan(needed)
-                residents.publish(loads)
-            else:
-                for wave in residents.plan_waves(needed):
-                    residents.publish(wave.loads)
-                    loads += wave.loads
-            for x in loads:
-                if x.victim is not None:
-                    into.lives += 1
-                    into.life_tokens += clock - born.pop(x.victim)
-                born[x.expert] = clock
-        residents.touch(call.uses, call.rows)
-        clock += call.rows
-        add_call(into, call, misses, len(loads))
+            recurrence.reset_cache(starts[call.number])
+        recurrence.counts = counts.of(call.decode)
+        missing, loads = recurrence.call(call.uses, call.rows)
         if watch is not None:
             watch(call.number, missing, loads)
     return counts
@@ -164,29 +135,41 @@ def replay_bound(layer: LayerTrace, slots: int, bound: str, starts: Starts) -> P
 def replay_strategy(
     layer: LayerTrace, scores: tuple[Floats, Floats], slots: int, eviction: str, strategy: Strategy, starts: Starts
 ) -> PhaseCounts:
-    """Route the recorded scores (z, p) of one layer again under a strategy, one token at a time; prefill is unbiased.
+    """Route the recorded scores (z, p) of one layer again under a strategy: only single tokens at decode are biased.
 
     An approximation: other routes would have led to other scores.
     """
-    shape = layer.shape
-    slots = min(slots, shape.experts)
-    recurrence = LayerRecurrence(shape.experts, shape.k, slots, strategy, eviction=eviction, ranked=shape.ranked)
-    total = PhaseCounts()
-    for first, end, decode, start in _stretches(layer, starts):
-        if start is not None:
-            recurrence.reset_cache(start)
-        recurrence.counts = total.of(decode)
-        z, p = (x[first:end] for x in scores)
-        recurrence.run(z, p, layer.own[first:end], biased_from=0 if decode else end - first)
+    recurrence, total = _recurrence(layer, slots, eviction, strategy), PhaseCounts()
+    calls = list(calls_of(layer))
+    for i, j, at_once in _stretches(layer, starts):
+        if i in starts:
+            recurrence.reset_cache(starts[i])
+        recurrence.counts = total.of(calls[i].decode)
+        rows = slice(int(layer.calls[i]), int(layer.calls[j]))
+        z, p = (x[rows] for x in scores)
+        if at_once:
+            recurrence.call(calls[i].uses, calls[i].rows, z)
+        else:
+            recurrence.run(z, p, layer.own[rows], biased_from=0 if calls[i].decode else len(z))
     return total
 
 
-def _stretches(layer: LayerTrace, starts: Starts) -> Iterator[tuple[int, int, bool, Sequence[int] | None]]:
-    """The longest stretches of rows in one phase and without a new start: (first row, end, decode, contents)."""
-    changes = {0, *starts, *(np.flatnonzero(np.diff(layer.decode)) + 1).tolist()}
-    bounds = [*sorted(changes), len(layer.decode)]
+def _recurrence(layer: LayerTrace, slots: int, eviction: str, strategy: Strategy) -> LayerRecurrence:
+    shape = layer.shape
+    slots = min(slots, shape.experts)
+    return LayerRecurrence(shape.experts, shape.k, slots, strategy, eviction=eviction, ranked=shape.ranked)
+
+
+def _stretches(layer: LayerTrace, starts: Starts) -> Iterator[tuple[int, int, bool]]:
+    """(first call, end, at once): a call of several tokens, or the longest stretch of calls with one token.
+
+    A stretch is of one phase and without a new start.
+    """
+    several = np.diff(layer.calls) > 1
+    changes = np.flatnonzero(np.diff(layer.decode) | several[1:] | several[:-1]) + 1
+    bounds = [*sorted({0, *starts, *changes.tolist()}), len(layer.decode)]
     for i, j in pairwise(bounds):
-        yield int(layer.calls[i]), int(layer.calls[j]), bool(layer.decode[i]), starts.get(i)
+        yield i, j, bool(several[i])
 
 
 def add_call(into: Counts, call: Call, misses: int, loads: int) -> None:
