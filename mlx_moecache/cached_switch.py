@@ -63,6 +63,8 @@ class CachedSwitch:
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x [.., D] and expert numbers [.., K] -> [.., K, D], as the upstream switch."""
         layer, cache = self.layer, self.cache
+        if cache.journal.open:
+            cache.mend()
         k = indices.shape[-1]
         rows = indices.size // k
         if layer.residents.is_complete:

@@ -12,9 +12,11 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from .checkpoints.expert_layout import ComponentSpec, LayerExtents
+from .checkpoints.read_batch import Pending
 from .checkpoints.reader import ExpertReader, ReadRequest
 from .contents import CacheContents, LayerContents
 from .errors import BudgetError, ReadError, UsageError
+from .journal import Journal, Operation
 from .observer import Observer, UsageListener
 from .read_pace import ReadPace
 from .residents import Load, Residents
@@ -81,6 +83,7 @@ class ExpertCache:
         self.strategy = strategy
         self.stats = CacheStats()
         self.observers: tuple[Observer, ...] = ()
+        self.journal = Journal()  # of what is under way with slots
         self.overlaps = True  # compute what is there while the rest is read, where that pays
         self.pace = ReadPace()
         self.optimist: Optimist | None = None  # set by loading
@@ -147,7 +150,7 @@ class ExpertCache:
 
         joining: the block will not take long. early: what was read ahead for all waves of `layer`, taken out as it is
         used; None: look for it. If the block or a read fails, residents, their order and the bytes in the slots are as
-        they were before.
+        they were before; if even that is cut off, `mend` has to follow.
         """
         ahead = self.look_ahead
         if early is not None:
@@ -162,7 +165,8 @@ class ExpertCache:
         undisturbed = ahead is None or not (staged or early or ahead.is_reading)
         try:
             requests = self._prepare(layer, [x for x in loads if x.expert not in staged])
-            pending = self.reader.start(requests, joining=joining and not staged)
+            operation = self.journal.begin(layer, frozenset(x.slot for x in loads))
+            pending = self._begin(layer, loads, requests, operation, joining=joining and not staged)
         except BaseException:
             if ahead is not None:
                 ahead.release(list(staged.values()))
@@ -182,7 +186,7 @@ class ExpertCache:
                 if x.expert in staged:
                     staged[x.expert].copy_to(x.slot)
         except BaseException:
-            self._restore(layer, loads)
+            self._restore(layer, loads, operation)
             raise
         finally:
             waited = time.perf_counter() - returned
@@ -197,6 +201,25 @@ class ExpertCache:
             otherwise = self.pace.read_per_byte * layer.bytes_per_expert * len(loads)
             ahead.ended(layer, waited, max(0.0, otherwise - (returned - began)))
         self._publish(layer, loads, stats)
+        self.journal.end(operation)
+
+    def _begin(
+        self,
+        layer: LayerExperts,
+        loads: Sequence[Load],
+        requests: Sequence[ReadRequest],
+        operation: Operation,
+        *,
+        joining: bool,
+    ) -> Pending:
+        try:
+            return self.reader.start(requests, joining=joining)
+        except ReadError:  # the reader is closed
+            self.journal.end(operation)
+            raise
+        except BaseException:
+            self._restore(layer, loads, operation)
+            raise
 
     def _prepare(self, layer: LayerExperts, loads: Sequence[Load]) -> list[ReadRequest]:
         """What to read; nothing that is still computed needs the slots any more."""
@@ -204,6 +227,14 @@ class ExpertCache:
             raise ReadError(f"{layer.path} needs experts from disk, but its cache is closed; load the model again")
         layer.pool.fence()
         return [r for x in loads for r in layer.requests_into(x.expert, x.slot)]
+
+    def mend(self) -> None:
+        """Forget what is in slots whose change was cut off, as by Ctrl-C (see journal.py). Any call may follow.
+
+        Every call of a layer and of the methods below does this first.
+        """
+        if self.journal.open:
+            self.journal.mend(self.reader)
 
     def _publish(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
         layer.residents.publish(loads)
@@ -248,6 +279,7 @@ class ExpertCache:
 
     def contents(self) -> CacheContents:
         """What is resident now, with its history and the running ranges."""
+        self.mend()
         return CacheContents(
             tuple(LayerContents(x.residents.copy(), float(x.range.total), x.range.tokens) for x in self.layers)
         )
@@ -308,6 +340,7 @@ class ExpertCache:
 
     def reset(self) -> None:
         """Start as after loading: partly resident layers are empty, running ranges and statistics zero."""
+        self.mend()
         for x in self.layers:
             if x.residents.capacity < x.num_experts:
                 x.residents.clear()
@@ -321,10 +354,12 @@ class ExpertCache:
         slots: one number for all layers or one per layer; numbers above a layer's experts mean all of them.
         Layers that shrink go first, so that while moving at most one tensor of one layer exists twice.
         Raises UsageError, BudgetError or UnsupportedModelError before anything changed, ReadError if a layer that now
-        holds all of its experts could not be filled (layers before it have their new size).
+        holds all of its experts could not be filled (layers before it have their new size). After a lack of memory the
+        layer that was under way has its old size and is empty.
         """
         if (slots is None) == (memory is None):
             raise UsageError("resize takes either slots or memory")
+        self.mend()
         plan = None
         if memory is not None:
             if self.plan_slots is None:
@@ -359,23 +394,29 @@ class ExpertCache:
         """Make `wanted` of each layer resident in one read; the number of experts read."""
         if self._closed:
             raise ReadError("experts are needed from disk, but the cache is closed; load the model again")
-        plans = [(x, x.residents.plan_exchange(ids)) for x, ids in zip(self.layers, wanted, strict=True)]
-        for layer, _ in plans:
+        self.mend()
+        planned = [(x, x.residents.plan_exchange(ids)) for x, ids in zip(self.layers, wanted, strict=True)]
+        for layer, _ in planned:
             layer.pool.fence()
+        plans = [(x, loads, self.journal.begin(x, frozenset(y.slot for y in loads))) for x, loads in planned if loads]
         try:
             self.reader.read(
-                [r for layer, loads in plans for x in loads for r in layer.requests_into(x.expert, x.slot)]
+                [r for layer, loads, _ in plans for x in loads for r in layer.requests_into(x.expert, x.slot)]
             )
         except BaseException:
-            for layer, loads in plans:
-                self._restore(layer, loads)
+            for plan in plans:
+                self._restore(*plan)
             raise
-        for layer, loads in plans:
+        for layer, loads, operation in plans:
             layer.residents.publish(loads)
-        return sum(len(loads) for _, loads in plans)
+            self.journal.end(operation)
+        return sum(len(loads) for _, loads, _ in plans)
 
-    def _restore(self, layer: LayerExperts, loads: Sequence[Load]) -> None:
+    def _restore(self, layer: LayerExperts, loads: Sequence[Load], operation: Operation) -> None:
         """Bring victims whose slots may have been overwritten back, so that a failed read changes nothing."""
+        if operation not in self.journal.open:  # mended meanwhile: the slots belong to others
+            return
+        self.reader.give_up()
         lost = {x.victim: x.slot for x in loads if x.victim is not None}
         try:
             for victim, slot in list(lost.items()):
@@ -385,11 +426,18 @@ class ExpertCache:
         finally:
             for victim in lost:  # their bytes are gone, also after a second Ctrl-C: they must not be found again
                 layer.residents.drop(victim)
+        self.journal.end(operation)
 
     def _resize_layer(self, layer: LayerExperts, slots: int) -> None:
         if slots != layer.residents.capacity:
             layer.pool.fence()  # what is pending fails here, if at all, while nothing has changed
-            layer.pool.resize(slots, layer.residents.resize(slots), layer.on_resize)
+            operation = self.journal.begin(layer, None)
+            try:
+                layer.pool.resize(slots, layer.residents.resize(slots), layer.on_resize)
+            except BaseException:
+                self.mend()
+                raise
+            self.journal.end(operation)
         self._fill(layer)  # also what an earlier failure left out
 
     def _fill(self, layer: LayerExperts) -> None:

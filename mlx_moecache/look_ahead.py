@@ -45,6 +45,7 @@ class Staged:
     expert: int
     buffer: memoryview
     pending: Pending
+    released: bool = False
 
     def copy_to(self, slot: int) -> None:
         """Its bytes have landed."""
@@ -69,7 +70,8 @@ class LookAhead:
         self._layers, self._reader, self._guessers = layers, reader, guessers
         self._touched: list[set[int] | None] = [None] * len(layers)  # by the last chunk that touches nearly all
         size = max(x.bytes_per_expert for x in layers)
-        self._free = [reader.reserve(size) for _ in range(buffers)]
+        self._buffers = [reader.reserve(size) for _ in range(buffers)]
+        self._free = list(self._buffers)
         self._staged: list[Staged] = []
         self._dropped: list[Staged] = []  # whose buffers may still be written
         self._guessed: LayerExperts | None = None  # about which there is a guess
@@ -84,6 +86,8 @@ class LookAhead:
 
     def guesser_after(self, number: int) -> Guesser | None:
         """Who guesses for the MoE layer after `number`, None if nobody should now."""
+        if len(self._free) + len(self._staged) + len(self._dropped) < len(self._buffers):
+            self._renew()  # no layer is using any now: somebody was cut off
         following = number + 1
         if following >= len(self._layers) or not self.enabled or self._layers[following].residents.is_complete:
             return None
@@ -147,20 +151,29 @@ class LookAhead:
         `layer` has spoken, so everything else is dropped.
         """
         self._judged, self._guessed = self._guessed is layer, None
-        if not self._staged:
+        if self._dropped:
+            self._collect(stats)  # for this phase, as far as that can be told now
+        staged, self._staged = self._staged, []  # at once: an interrupt must not leave a buffer in two places
+        if not staged:
             return {}
         wanted = set(needed)
-        found = [s for s in self._staged if s.layer is layer and s.expert in wanted and not s.pending.gave_up]
-        self.release([s for s in self._staged if s not in found])
-        self._staged = []
+        found = [s for s in staged if s.layer is layer and s.expert in wanted and not s.pending.gave_up]
+        self.release([s for s in staged if s not in found])
         stats.read_ahead_used += len(found)
         return {s.expert: s for s in found}
 
     def release(self, staged: Sequence[Staged]) -> None:
         """They have been copied, or will not be: their buffers may be used again once nothing lands in them."""
         for s in staged:
-            s.pending.drop()
-        self._dropped += staged
+            if not s.released:
+                s.released = True
+                s.pending.drop()
+                self._dropped.append(s)
+
+    def _renew(self) -> None:
+        """Nothing is read ahead any more, and every buffer is free."""
+        self._reader.give_up(ahead=True)
+        self._staged, self._dropped, self._free = [], [], list(self._buffers)
 
     def _collect(self, stats: PhaseStats) -> None:
         """Take back the buffers of reads that ended, and count what they brought."""

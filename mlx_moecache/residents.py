@@ -95,7 +95,11 @@ class Residents:
             return []
         if self.capacity == self.num_experts:
             return [Load(e, e, None) for e in missing]  # once all are there, expert numbers are slot numbers
-        out = victims(self._policy, len(missing) - len(self._free), frozenset(needed))
+        wanted = len(missing) - len(self._free)
+        out = victims(self._policy, wanted, frozenset(needed))
+        if len(out) < wanted:  # an interrupt inside the policy made it lose experts
+            self._renew_policy()
+            out = victims(self._policy, wanted, frozenset(needed))
         slots: list[tuple[int, int | None]] = [(s, None) for s in islice(reversed(self._free), len(missing))]
         slots += [(self._slot_of[v], v) for v in out]
         return [Load(e, s, v) for e, (s, v) in zip(missing, slots, strict=False)]
@@ -210,8 +214,31 @@ class Residents:
         for e in experts:
             self.publish(self.plan([e]))
 
-    def clear(self) -> None:
-        """Forget all residents and their history."""
+    def forget(self, slots: Collection[int]) -> None:
+        """What is in `slots` is not known any more: they are free. Mends whatever a call left that was cut off.
+
+        The history of the others is lost but for their order.
+        """
+        self._slot_of = {e: s for e, s in self._slot_of.items() if s not in slots}
+        used = set(self._slot_of.values())
+        self._free = _stack(s for s in range(self.capacity) if s not in used)
+        self.mask = array("f", (float(e in self._slot_of) for e in range(self.num_experts)))
+        self._renew_policy()
+        self.version += 1
+
+    def _renew_policy(self) -> None:
+        try:
+            order = [e for e in self._policy.order() if e in self._slot_of]
+        except LookupError:  # cut off half-way, too
+            order = []
+        policy = make_policy(self.eviction)
+        for e in dict.fromkeys([*order, *self._slot_of]):
+            policy.insert(e)
+        self._policy = policy
+
+    def clear(self, capacity: int | None = None) -> None:
+        """Forget all residents and their history. capacity: slots from now on, None: as many as before."""
+        self.capacity = self.capacity if capacity is None else capacity
         self._slot_of.clear()
         self.mask = array("f", bytes(4 * self.num_experts))
         self._free = _stack(range(self.capacity))

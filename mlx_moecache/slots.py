@@ -80,6 +80,13 @@ class SlotPool:
             mx.clear_cache()  # on Metal the old buffer would stay with MLX
         self.slots = slots
 
+    def rebuild(self, slots: int) -> None:
+        """Have `slots` slots whatever a `resize` left that was cut off; what they hold is not known afterwards."""
+        for i, c in enumerate(self.components):
+            if len(self.arrays[c.name]) != slots or self._views[i].nbytes != slots * c.nbytes:
+                self.arrays[c.name], self._views[i] = _allocate(c, slots)
+        self.slots = slots
+
     def _move(self, i: int, c: ComponentSpec, slots: int, moves: Mapping[int, int]) -> None:
         array, view = _allocate(c, slots)
         n, old = c.nbytes, self._views[i]

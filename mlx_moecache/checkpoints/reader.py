@@ -119,6 +119,16 @@ class ExpertReader:
         self.host_buffer_bytes += nbytes
         return memoryview(bytearray(nbytes))
 
+    def give_up(self, *, ahead: bool = False) -> None:
+        """Cancel the batches that were needed (ahead: those that nobody needed yet), whose callers were cut off.
+
+        Nothing of them lands after this call.
+        """
+        with self._lock:
+            batches = [b for b in self._under_way if b.ahead == ahead]
+        for batch in batches:
+            batch.cancel()
+
     def account(self) -> None:
         """Note which batches have ended."""
         with self._lock:
@@ -179,7 +189,10 @@ class ExpertReader:
                     self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-reader")
             for _ in range(helpers):
                 assert self._pool is not None
-                self._pool.submit(self._help)
+                try:
+                    self._pool.submit(self._help)
+                except RuntimeError:  # no more threads: those that are there, and whoever waits, read it all
+                    break
         except BaseException as error:
             self._settle(batch, error)
             self._finish(batch)
