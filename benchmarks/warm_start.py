@@ -10,7 +10,8 @@ stopped   as resident, but the prompt comes at once, so that reading stops after
 warm read is not counted. "waiting" ratios are for a prompt that is there already: it is. Stories are written by the
 model itself (exact, sampled); prompts are their beginnings, and the first run had another story. Reads are slowed down
 to an emulated flash, since a small model's experts are nothing to a real disk. All variants answer the same prompt one
-after the other, who is first changes, and a ratio compares sums over the same prompts.
+after the other, who is first changes, and a ratio compares sums over the same prompts. Another round is no new prompt:
+intervals are over stories, the rounds of each being summed.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant at one prompt length and number of slots; ratios are to cold, with 95 % intervals over prompts."""
+    """One variant at one prompt length and number of slots; ratios are to cold, with 95 % intervals over stories."""
 
     slots: int
     prompt_tokens: int
@@ -181,18 +182,27 @@ def measure(bench: Bench, stories: Sequence[Sequence[int]], args: argparse.Names
                 for variant in (*VARIANTS[start:], *VARIANTS[:start]):
                     samples[variant].append(bench.sample(story[:length], args.tokens, variant, kept[variant]))
                 bar.update()
-        rows += [summarise(bench, length, v, samples["cold"], samples[v]) for v in VARIANTS]
+        rows += [summarise(bench, length, v, samples["cold"], samples[v], args.rounds) for v in VARIANTS]
     return rows
 
 
-def summarise(bench: Bench, length: int, variant: str, cold: Sequence[Sample], warm: Sequence[Sample]) -> Row:
+def ratio_of_sums(cold: Sequence[float], warm: Sequence[float], rounds: int) -> Estimate:
+    """sum(warm) / sum(cold), its interval over stories. Both hold `rounds` times the same stories in the same order."""
+    per_story = [np.asarray(x, float).reshape(rounds, -1).sum(axis=0) for x in (warm, cold)]
+
+    def of_sums(rows: Array) -> float:
+        return float(rows[:, 0].sum() / rows[:, 1].sum())
+
+    return bootstrap(np.stack(per_story, axis=1), of_sums)
+
+
+def summarise(
+    bench: Bench, length: int, variant: str, cold: Sequence[Sample], warm: Sequence[Sample], rounds: int
+) -> Row:
+    """`cold` and `warm` hold `rounds` times the same stories in the same order."""
+
     def ratio(cold_value: Sequence[float], warm_value: Sequence[float]) -> Estimate:
-        pairs = np.stack([np.asarray(warm_value, float), np.asarray(cold_value, float)], axis=1)
-
-        def of_sums(rows: Array) -> float:
-            return float(rows[:, 0].sum() / rows[:, 1].sum())
-
-        return bootstrap(pairs, of_sums)
+        return ratio_of_sums(cold_value, warm_value, rounds)
 
     def mean(values: Sequence[float]) -> float:
         return float(np.mean(values))

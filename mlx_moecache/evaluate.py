@@ -110,7 +110,11 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of a text that are read together (default: {WINDOW}, the paper's)",
     )
     group.add_argument(
-        "--stride", type=arguments.whole(1), metavar="TOKENS", help="from window to window (default: the window)"
+        "--stride",
+        type=arguments.whole(1),
+        metavar="TOKENS",
+        help="from window to window; below the window, all but the first score and count their last so many tokens "
+        "only (default: the window)",
     )
     group.add_argument(
         "--shots", type=arguments.whole(0), metavar="N", help="worked examples (default: gsm8k 8, mmlu 5)"

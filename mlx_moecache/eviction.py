@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Container, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from .errors import UsageError
 from .rising_heap import Key, RisingHeap
@@ -20,6 +20,8 @@ FEW_LOW, MANY_LOW = 8, 32  # experts whose values LFRU compares
 PATIENCE = 64  # tokens between two times that LFRU chooses these anew because they are too many
 CERTAIN = 1 - 1e-9  # a value this much below a limit is below it however sums were rounded
 DEFAULT_DECAY = 0.98  # halves a count in 34 tokens
+
+State = dict[str, Any]  # plain numbers and lists, fit for JSON
 
 
 class EvictionPolicy(Protocol):
@@ -49,6 +51,13 @@ class EvictionPolicy(Protocol):
 
     def order(self) -> Iterator[int]:
         """Resident experts, the first to be evicted first."""
+
+    @property
+    def state(self) -> State:
+        """What `restore` needs; "residents" are in the order of their last selection."""
+
+    def restore(self, state: State) -> None:
+        """Go on as the policy that had this `state`; only for a policy that was told nothing yet."""
 
 
 def victims(policy: EvictionPolicy, n: int, protected: Collection[int]) -> list[int]:
@@ -80,6 +89,13 @@ class LRU:
 
     def order(self) -> Iterator[int]:
         return iter(self._experts)
+
+    @property
+    def state(self) -> State:
+        return {"residents": list(self._experts)}
+
+    def restore(self, state: State) -> None:
+        self._experts = OrderedDict.fromkeys(state["residents"])
 
 
 class LFU:
@@ -114,6 +130,16 @@ class LFU:
 
     def order(self) -> Iterator[int]:
         return iter(sorted(self._count, key=self._key))
+
+    @property
+    def state(self) -> State:
+        residents = sorted(self._stamp, key=self._stamp.__getitem__)
+        return {"residents": residents, "counts": [self._count[e] for e in residents]}
+
+    def restore(self, state: State) -> None:
+        for expert, count in zip(state["residents"], state["counts"], strict=True):
+            self.insert(expert)
+            self.touch(expert, count)
 
     def _key(self, expert: int) -> Key:
         return self._count[expert], self._stamp[expert]
@@ -174,6 +200,16 @@ class Decay:
 
     def order(self) -> Iterator[int]:
         return iter(sorted(self._stamp, key=self._key))
+
+    @property
+    def state(self) -> State:
+        residents = sorted(self._stamp, key=self._stamp.__getitem__)
+        return {"residents": residents, "growth": self._growth, "counts": list(self._count.items())}
+
+    def restore(self, state: State) -> None:
+        self._growth, self._count = state["growth"], dict(state["counts"])
+        for expert in state["residents"]:
+            self.insert(expert)
 
     def _key(self, expert: int) -> Key:
         return self._count.get(expert, 0.0), self._stamp[expert]
@@ -240,6 +276,18 @@ class LFRU:
 
     def order(self) -> Iterator[int]:
         return iter(sorted(self._used, key=self._key))
+
+    @property
+    def state(self) -> State:
+        residents = sorted(self._used, key=self._used.__getitem__)
+        used = [self._used[e][0] for e in residents]
+        return {"residents": residents, "used": used, "token": self._token, "counts": list(self._count.items())}
+
+    def restore(self, state: State) -> None:
+        self._count = dict(state["counts"])
+        for expert, self._token in zip(state["residents"], state["used"], strict=True):
+            self.insert(expert)
+        self._token = state["token"]
 
     def _key(self, expert: int) -> Key:
         token, stamp = self._used[expert]

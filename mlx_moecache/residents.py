@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from .errors import UsageError
-from .eviction import make_policy, victims
+from .eviction import State, make_policy, victims
 
 LEAST_IN_TURN = 8  # usable slots; with fewer, half waves would be too small to compute at a good speed
 
@@ -166,6 +166,17 @@ class Residents:
     def adopt_history(self, other: Residents) -> None:
         """Order and counts of evictions from now on as in `other`, which has the same residents."""
         self._policy = deepcopy(other._policy)
+
+    @property
+    def state(self) -> State:
+        """As plain numbers, fit for JSON: who is resident and what decides who leaves next, but not who is where."""
+        return self._policy.state
+
+    def restore(self, state: State) -> None:
+        """Hold and evict what residents with this `state` would; no bytes are read. Raises UsageError as `seed`."""
+        self.seed(state["residents"])
+        self._policy = make_policy(self.eviction)
+        self._policy.restore(state)
 
     def copy(self) -> Residents:
         """An independent copy."""

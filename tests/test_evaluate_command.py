@@ -67,10 +67,11 @@ class FakeScorer:
         FakeScorer.settings.append(settings)
         self.strength = float(getattr(strategy, "strength", getattr(strategy, "delta", 0.0)))
         self.ranges = [(0.0, 0)] * 6
+        self.sequence, self.caches = 0, ""
         self.own_selections = [np.arange(40).reshape(10, 4)] * 6
         self._counts = Counts()
 
-    def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
+    def forward(self, tokens: Sequence[int], *, biased_from: int = 0, counted_from: int = 0) -> mx.array:
         FakeScorer.forwards += 1
         if FakeScorer.forwards == FakeScorer.interrupt_at:
             raise KeyboardInterrupt
@@ -263,6 +264,30 @@ def test_interrupted_without_output_says_that_nothing_is_kept(
     assert done.code == 130 and "nothing was kept (--output keeps it)" in done.err and "incomplete" in done.out
 
 
+def test_windows_that_overlap_say_so_and_results_that_scored_tokens_twice_are_not_continued(
+    fake: type[FakeScorer],
+    command: Callable[..., Done],
+    refused: Callable[..., str],
+    text: list[object],
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "r.json"
+    done = command(*text, "--stride", 4, "--output", output)
+    assert ", windows of 16 tokens every 4, each token scored once" in done.out and "Belady" not in done.out
+    assert [u.tokens for u in load(output).runs[1].units] == [16, 4, 4, 4, 4]
+    earlier = json.loads(output.read_text())
+    del earlier["settings"]["scored"]  # as it was when all tokens of all windows were scored
+    output.write_text(json.dumps(earlier))
+    assert "settings scored was None, is new" in refused(*text, "--stride", 4, "--output", output)
+    # Windows apart mean what they did.
+    done = command(*text, "--stride", 16, "--output", tmp_path / "apart.json")
+    assert "scored once" not in done.out and "Belady" in done.out
+    apart = json.loads((tmp_path / "apart.json").read_text())
+    assert apart["settings"].pop("scored") is None
+    (tmp_path / "apart.json").write_text(json.dumps(apart))
+    assert command(*text, "--stride", 16, "--output", tmp_path / "apart.json") == done
+
+
 def test_a_complete_evaluation_is_only_printed_again_and_new_strategies_are_added(
     fake: type[FakeScorer], command: Callable[..., Done], text: list[object], tmp_path: Path
 ) -> None:
@@ -348,8 +373,8 @@ def test_an_error_while_measuring_keeps_what_was_measured(
 ) -> None:
     forward = FakeScorer.forward
 
-    def broken(self: FakeScorer, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
-        logits = forward(self, tokens, biased_from=biased_from)
+    def broken(self: FakeScorer, tokens: Sequence[int], **settings: int) -> mx.array:
+        logits = forward(self, tokens, **settings)
         return logits * float("nan") if FakeScorer.forwards == 5 else logits
 
     monkeypatch.setattr(FakeScorer, "forward", broken)

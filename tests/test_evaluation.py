@@ -30,10 +30,11 @@ class NoisyScorer:
     def __init__(self, noise: float = 0.0, routes: Sequence[npt.NDArray[np.int32]] = ()) -> None:
         self.noise, self.own_selections = noise, list(routes)
         self.ranges: list[tuple[float, int]] = [(0.0, 0), (0.0, 0)]
+        self.sequence, self.caches = 0, ""
         self.read: list[tuple[tuple[int, ...], int]] = []
         self._counts = Counts()
 
-    def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
+    def forward(self, tokens: Sequence[int], *, biased_from: int = 0, counted_from: int = 0) -> mx.array:
         self.read.append((tuple(tokens), biased_from))
         D = self.ranges[0][0]
         self.ranges = [(total + sum(tokens), n + len(tokens)) for total, n in self.ranges]
@@ -92,6 +93,46 @@ def test_a_window_predicts_every_token_but_its_first_and_never_reads_its_last() 
     assert reading.spans == (Span(0, 0, reading.spans[0].targets),)
     assert reading.inputs[0][1:] == reading.spans[0].targets[:-1] and len(reading.inputs[0]) == 8
     assert reading.biased_from == 0
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 3), (8, 1), (8, 7), (8, 8), (8, 11)])
+def test_of_windows_that_overlap_each_token_is_predicted_and_counted_once(window: int, stride: int) -> None:
+    ids = list(range(100))
+    readings = readings_of(cut("text", lambda text: ids, window=window, stride=stride), "all")
+    predicted, counted = [], []
+    for i, r in enumerate(readings):
+        (span,), (tokens,) = r.spans, r.inputs
+        assert tokens == tuple(ids[i * stride : i * stride + window])  # all of them are read, as context
+        assert [tokens[span.first + j] + 1 for j in range(len(span.targets))] == list(span.targets)
+        predicted += span.targets
+        counted += tokens[r.counted_from :]
+    assert predicted == [x + 1 for x in counted]
+    if stride <= window:
+        assert predicted == list(range(1, len(predicted) + 1))
+    else:
+        assert len(predicted) == len(set(predicted)) == window * len(readings)
+
+
+def test_a_unit_counts_its_new_tokens_only() -> None:
+    ids = np.random.default_rng(3).integers(0, V, size=21).tolist()
+    readings = readings_of(cut("text", lambda text: ids, window=8, stride=4), "all")
+    counted: list[int] = []
+
+    class Counting(NoisyScorer):
+        def forward(self, tokens: Sequence[int], *, biased_from: int = 0, counted_from: int = 0) -> mx.array:
+            counted.append(len(tokens) - counted_from)
+            return super().forward(tokens, biased_from=biased_from, counted_from=counted_from)
+
+    run, scorer = make_run("a", n=4), Counting(0.1)
+    measure([Job(run, scorer)], scorer, readings)
+    assert [u.tokens for u in run.units] == counted == [8, 4, 4, 4]
+    # Logits depend on the window that they were read in, the noise on D, the sum of the tokens read before.
+    before = NoisyScorer(0.1)
+    for r, u in zip(readings, run.units, strict=True):
+        logits = np.array(before.forward(r.inputs[0]), dtype=np.float64)[-u.tokens :]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        targets = ids[4 * r.id + 8 - u.tokens + 1 : 4 * r.id + 9]
+        assert u.nll == pytest.approx(-logprobs[np.arange(u.tokens), targets].sum(), rel=1e-5)
 
 
 def test_under_decode_a_text_is_all_prompt_and_of_a_question_only_choices_are_biased() -> None:
@@ -167,17 +208,6 @@ def test_an_interrupted_evaluation_keeps_whole_units_and_goes_on_to_the_same_fig
     assert reread == 10 - after
 
 
-def test_a_warm_cache_is_warmed_again_by_the_last_unit_that_was_measured() -> None:
-    run = make_run("a")
-    readings = text_readings()
-    measure([Job(run, NoisyScorer(0.1))], NoisyScorer(), readings[:3], initial="warm")
-    scorer, state = NoisyScorer(0.1), run.ranges
-    measure([Job(run, scorer)], NoisyScorer(), readings, initial="warm")
-    assert [tokens for tokens, _ in scorer.read] == [r.inputs[0] for r in readings[2:]]
-    assert [u.misses for u in run.units] == [3] * 5  # those of warming up do not count
-    assert state is not None and scorer.ranges[0][1] == 40
-
-
 def test_complete_runs_read_nothing() -> None:
     run = make_run("a")
     measure([Job(run, NoisyScorer(0.1))], NoisyScorer(), text_readings())
@@ -224,7 +254,7 @@ def test_the_likeliest_choice_is_the_answer_and_the_right_one_is_scored() -> Non
 
 def test_logits_that_are_not_finite_are_an_error_that_names_unit_and_routing() -> None:
     class Broken(NoisyScorer):
-        def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
+        def forward(self, tokens: Sequence[int], *, biased_from: int = 0, counted_from: int = 0) -> mx.array:
             return super().forward(tokens) * float("nan")
 
     run = make_run("price")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from fractions import Fraction
@@ -242,3 +243,33 @@ class TestNames:
         with pytest.raises(UsageError) as error:
             make_policy(spec)
         assert message in str(error.value)
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("spec", [*EVICTION, "decay:1", "decay:0.5"])
+def test_a_restored_policy_goes_on_as_the_one_whose_state_it_has(spec: str) -> None:
+    rng = random.Random(spec)
+    policy, residents = make_policy(spec), list(range(5))
+    for expert in residents:
+        policy.insert(expert)
+    copies: list[EvictionPolicy] = []
+    for step in range(400):
+        if step in (7, 150, 300):
+            copies.append(make_policy(spec))
+            copies[-1].restore(json.loads(json.dumps(policy.state)))
+        tokens = rng.choice((1, 1, 1, 2000))
+        uses = [(rng.randrange(EXPERTS), rng.randrange(1, 4)) for _ in range(rng.randrange(4))]
+        for p in (policy, *copies):
+            p.advance(tokens)
+            for expert, count in uses:
+                p.touch(expert, count)
+            assert list(p.order()) == list(policy.order())
+        (out,) = victims(policy, 1, ())
+        assert all(victims(p, 1, ()) == [out] for p in copies)
+        came = rng.choice([e for e in range(EXPERTS) if e not in residents])
+        residents[residents.index(out)] = came
+        for p in (policy, *copies):
+            p.remove(out)
+            p.insert(came)

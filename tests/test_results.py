@@ -176,6 +176,14 @@ def test_metrics_are_ratios_of_sums() -> None:
     assert m["belady_miss_rate"] == pytest.approx(300 / (tokens * 24))
 
 
+def test_belady_misses_are_of_the_selections_of_original_routing() -> None:
+    units = [window(0, 1.0, belady_misses=90), window(1, 1.0, belady_misses=30, own_selections=500)]
+    pairs = [u.token_layers for u in units]
+    assert pairs[0] is not None  # earlier files do not say; every token selected k experts
+    rate = metrics(units, layers=6, k=4, bytes_per_expert=1000)["belady_miss_rate"]
+    assert rate == pytest.approx(120 / (4 * pairs[0] + 500))
+
+
 def test_the_standard_error_of_perplexity_agrees_with_a_simulation() -> None:
     rng = np.random.default_rng(1)
 

@@ -463,3 +463,13 @@ def test_the_benchmark_compares_warm_starts_with_a_cold_one_over_the_same_prompt
     assert resident["all_bytes"]["value"] == pytest.approx(total / before)
     with pytest.raises(UsageError, match="below the 60 experts"):
         benchmark.main(["--slots", "60"])
+
+
+def test_rounds_of_the_benchmark_are_no_new_stories_to_its_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    ratio_of_sums = importlib.import_module("warm_start").ratio_of_sums
+    cold, warm = [10.0, 20.0, 30.0, 40.0], [9.0, 10.0, 33.0, 20.0]
+    once = ratio_of_sums(cold, warm, 1)
+    assert once.value == pytest.approx(72 / 100) and once.low < once.value < once.high
+    repeated = ratio_of_sums(5 * cold, 5 * warm, 5)  # the same again adds no knowledge
+    assert (repeated.value, repeated.low, repeated.high) == pytest.approx((once.value, once.low, once.high))

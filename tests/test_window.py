@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,7 +29,11 @@ from mlx_moecache.routing import (
     probabilities,
 )
 from mlx_moecache.seam import SelectionSeam
-from mlx_moecache.study.recurrence import LayerRecurrence
+from mlx_moecache.study.belady import belady_misses
+from mlx_moecache.study.evaluation import Job, Reading, Span, measure
+from mlx_moecache.study.recurrence import Counts, LayerRecurrence
+from mlx_moecache.study.result_metrics import metrics
+from mlx_moecache.study.results import Run
 from mlx_moecache.study.window import WindowScorer
 
 TEXT: list[int] = random_tokens(1, 48, seed=5)[0].tolist()
@@ -232,6 +237,40 @@ class TestSequences:
         exact.forward(TEXT)
         assert [x.shape for x in scorer.own_selections] == [(48, 4)] * 3
         assert np.array_equal(scorer.own_selections[0], exact.own_selections[0])  # later layers see other inputs
+
+    def test_experts_that_compute_nothing_are_not_in_own_selections_and_the_bound_is_one(self, shelf: Shelf) -> None:
+        model = load(shelf.saved("longcat_flash"))
+        scorer = WindowScorer(model, Original(), slots=5)
+        reading = Reading(0, (tuple(TEXT[:-1]),), 0, (Span(0, 0, tuple(TEXT[1:])),))
+        run = Run("original", "original", {}, 5, "lru", 1)
+        measure([Job(run, scorer)], scorer, [reading], belady=belady_misses)
+        (unit,) = run.units
+        real = [x.num_experts for x in model.expert_cache.layers]
+        routes = scorer.own_selections
+        assert all(e < n for rows, n in zip(routes, real, strict=True) for row in rows for e in row)
+        assert sum(len(row) for rows in routes for row in rows) == unit.selections == unit.own_selections
+        assert unit.selections is not None and unit.token_layers is not None and unit.misses is not None
+        assert unit.selections < unit.token_layers * model.expert_cache.layers[0].k
+        assert unit.belady_misses is not None and 0 < unit.belady_misses <= unit.misses
+        m = metrics(run.units, layers=len(real), k=4, bytes_per_expert=1)
+        assert m["belady_miss_rate"] == pytest.approx(unit.belady_misses / unit.selections)
+
+    @pytest.mark.parametrize("biased_from", [0, 30, 48])
+    def test_tokens_that_do_not_count_change_nothing_but_the_counts(self, shelf: Shelf, biased_from: int) -> None:
+        model = load(shelf.checkpoint(SOFTMAX))
+        new = WindowScorer(model, CachePrior(0.2, 1), slots=8)
+        whole, start = (WindowScorer(model, CachePrior(0.2, 1), slots=8) for _ in range(2))
+        logits = new.forward(TEXT, biased_from=biased_from, counted_from=20)
+        assert same_bits(logits, whole.forward(TEXT, biased_from=biased_from))
+        start.forward(TEXT[:20], biased_from=biased_from)
+        counted, of_start, of_all = new.take_counts(), start.take_counts(), whole.take_counts()
+        assert counted.tokens == 28 and counted.token_layers == 3 * 28
+        for f in fields(Counts):  # equal but for the rounding of a shorter pass
+            assert getattr(counted, f.name) == pytest.approx(
+                getattr(of_all, f.name) - getattr(of_start, f.name), abs=1e-4
+            )
+        new.forward(TEXT)
+        assert new.take_counts().tokens == 48  # it was for that sequence alone
 
     def test_the_model_works_as_before_afterwards(self, shelf: Shelf) -> None:
         folder = shelf.checkpoint(SOFTMAX)

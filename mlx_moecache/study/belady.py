@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Variant = Literal["engine", "paper"]
+Routes = npt.NDArray[np.integer] | Sequence[Sequence[int]]  # for each token of a layer, its experts
 
 
 class Belady:
@@ -75,10 +76,8 @@ class Belady:
         return missing, [e for e in before if e not in resident]
 
 
-def belady_misses(
-    selections: npt.NDArray[np.integer], slots: int, *, variant: Variant = "engine", initial: Sequence[int] = ()
-) -> int:
-    """Misses of the optimal eviction over one layer's `selections` [T, k], one token at a time."""
-    calls: list[list[int]] = selections.tolist()
+def belady_misses(selections: Routes, slots: int, *, variant: Variant = "engine", initial: Sequence[int] = ()) -> int:
+    """Misses of the optimal eviction over one layer's `selections` by T tokens, one token at a time."""
+    calls: Sequence[Sequence[int]] = selections.tolist() if isinstance(selections, np.ndarray) else selections
     cache = Belady(calls, slots, variant=variant, initial=initial)
     return sum(len(cache.step()[0]) for _ in calls)

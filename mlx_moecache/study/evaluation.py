@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import MoeCacheError
+from ..errors import MoeCacheError, UsageError
+from .belady import Routes
 from .question_scoring import encode_choices
 from .result_metrics import Unit
 from .results import Run
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROWS = 128  # tokens whose log-probabilities are formed at once: [128, 152k] float32 is 78 MB
 
 Ranges = list[tuple[float, int]]
-Belady = Callable[[npt.NDArray[np.int32], int], int]  # selections [T, k] of a layer, slots -> fewest possible misses
+Belady = Callable[[Routes, int], int]  # selections of a layer, slots -> fewest possible misses
 OnUnit = Callable[[Run, Unit], None]
 
 
@@ -38,16 +38,21 @@ class Scorer(Protocol):
     """Reads sequences with one strategy and caches of its own; D persists from one sequence to the next."""
 
     ranges: Ranges  # D of each layer as (sum of ranges, tokens): the state that persists
+    sequence: int  # sequences begun so far, on which contents that are drawn depend
+    caches: str  # JSON: `sequence` and what warm caches hold
 
-    def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
-        """Logits [L, V] float32 of a new sequence; tokens before `biased_from` are routed as the model does."""
+    def forward(self, tokens: Sequence[int], *, biased_from: int = 0, counted_from: int = 0) -> mx.array:
+        """Logits [L, V] float32 of a new sequence.
+
+        Tokens before `biased_from` are routed as the model does, those before `counted_from` are not counted.
+        """
 
     def take_counts(self) -> Counts:
         """What happened since the last call, summed over layers."""
 
     @property
-    def own_selections(self) -> Sequence[npt.NDArray[np.int32]]:
-        """Per layer, the router's own selections [T, k] of the last forward."""
+    def own_selections(self) -> Sequence[Routes]:
+        """Per layer, the router's own selections in the last forward, without experts that compute nothing."""
 
 
 @dataclass
@@ -76,15 +81,20 @@ class Reading:
     biased_from: int
     spans: tuple[Span, ...]
     answer: int = 0  # index of the span that is scored, the right one
+    counted_from: int = 0  # tokens of a sequence before it were counted in an earlier unit
 
 
 def window_readings(windows: Windows, scope: Scope) -> list[Reading]:
-    """A window's last token is only predicted. Under "decode" a text is all prompt, so nothing is biased."""
+    """A window's last token is only predicted. Under "decode" a text is all prompt, so nothing is biased.
+
+    Of windows that overlap, all but the first predict and count their last `stride` tokens: no token counts twice.
+    """
     readings = []
     for i in range(len(windows)):
         ids = tuple(windows[i])
         biased_from = 0 if scope == "all" else len(ids)
-        readings.append(Reading(i, (ids[:-1],), biased_from, (Span(0, 0, ids[1:]),)))
+        old = 0 if i == 0 else max(0, windows.window - windows.stride)
+        readings.append(Reading(i, (ids[:-1],), biased_from, (Span(0, old, ids[1 + old :]),), counted_from=old))
     return readings
 
 
@@ -117,20 +127,23 @@ def measure(
 ) -> None:
     """Measure what the jobs' runs still lack, unit by unit; a unit is added to its run whole, or not at all.
 
-    exact: a scorer with original routing; it may be that of one of the jobs. belady: only for caches that start empty.
-    Runs that were interrupted go on from the D they had, and with `initial` "warm" from the last unit's cache.
-    Raises MoeCacheError if logits are not finite, ReadError if experts cannot be read.
+    exact: a scorer with original routing; it may be that of one of the jobs. belady: only for caches that start empty
+    and units that count all of their tokens. Runs that were interrupted go on from the D they had, and with `initial`
+    "warm" from the caches. Raises MoeCacheError if logits are not finite, ReadError if experts cannot be read,
+    UsageError if the results lack what a run would go on with.
     """
     measured = [job.run.measured for job in jobs]
-    resumed = [not job.run.units for job in jobs]
-    previous: Reading | None = None
+    resumed = [False] * len(jobs)
+    sequence = 0
     for reading in readings:
         pending = [i for i in range(len(jobs)) if reading.id not in measured[i]]
         if pending:
             for i in pending:  # first, since `exact` may be one of them
                 if not resumed[i]:
                     resumed[i] = True
-                    _resume(jobs[i], previous if initial == "warm" else None)
+                    resume(jobs[i].run, jobs[i].scorer, initial)
+            for scorer in (exact, *(jobs[i].scorer for i in pending)):
+                scorer.sequence = sequence  # wherever a run goes on, and whatever others have read
             reference = _read(exact, reading)
             counts = exact.take_counts()
             routes = list(exact.own_selections) if belady is not None else []
@@ -141,9 +154,31 @@ def measure(
                     best[job.run.slots] = sum(belady(r, job.run.slots) for r in routes)
                 unit = _measure(job, exact, reading, reference, counts, best.get(job.run.slots))
                 job.run.units.append(unit)
-                job.run.ranges = [list(r) for r in job.scorer.ranges]
+                keep(job.run, job.scorer, initial)
                 on_unit(job.run, unit)
-        previous = reading
+        sequence += len(reading.inputs)
+
+
+def keep(run: Run, scorer: Scorer, initial: str) -> None:
+    """Note in `run` what it needs, after its last unit, to go on."""
+    run.ranges = [list(r) for r in scorer.ranges]
+    run.caches = None if initial == "empty" or len(run.units) >= run.n else scorer.caches
+
+
+def resume(run: Run, scorer: Scorer, initial: str) -> None:
+    """Give a new scorer what that of `run` had after its last unit. Raises UsageError if this was not noted."""
+    if not run.units:
+        return
+    if run.ranges is not None:
+        scorer.ranges = [(total, int(tokens)) for total, tokens in run.ranges]
+    if initial == "empty":
+        return
+    if run.caches is None:
+        raise UsageError(
+            f"the results do not say how the {initial} caches of {run.routing} with {run.slots} slots were left after "
+            f"{len(run.units)} of {run.n} units, so this run cannot go on; measure anew with another --output"
+        )
+    scorer.caches = run.caches
 
 
 def swapped_nothing(run: Run, *, scope: str, experts: int, is_exact: bool, uses_residents: bool) -> str | None:
@@ -177,7 +212,7 @@ def compare(logits: mx.array, exact: mx.array, targets: Sequence[int]) -> tuple[
 def _measure(
     job: Job, exact: Scorer, reading: Reading, reference: list[mx.array], counts: Counts, belady: int | None
 ) -> Unit:
-    logits = reference
+    logits, own_selections = reference, None if belady is None else counts.selections
     if job.scorer is not exact:
         logits = _read(job.scorer, reading)
         counts = job.scorer.take_counts()
@@ -211,6 +246,7 @@ def _measure(
         life_tokens=counts.life_tokens,
         mass_lost=counts.mass_lost,
         belady_misses=belady,
+        own_selections=own_selections,
         correct=correct,
     )
 
@@ -219,7 +255,7 @@ def _read(scorer: Scorer, reading: Reading) -> list[mx.array]:
     """Logits [targets, V] of each span, evaluated; those that nothing is predicted from are dropped at once."""
     spans: list[mx.array | None] = [None] * len(reading.spans)
     for number, tokens in enumerate(reading.inputs):
-        logits = scorer.forward(tokens, biased_from=reading.biased_from)
+        logits = scorer.forward(tokens, biased_from=reading.biased_from, counted_from=reading.counted_from)
         for i, s in enumerate(reading.spans):
             if s.input == number:
                 whole = s.first == 0 and len(s.targets) == len(tokens)
@@ -227,21 +263,6 @@ def _read(scorer: Scorer, reading: Reading) -> list[mx.array]:
                 spans[i] = logits if whole else mx.contiguous(logits[s.first : s.first + len(s.targets)])
         mx.eval([x for x in spans if x is not None])
     return [x for x in spans if x is not None]
-
-
-def _resume(job: Job, previous: Reading | None) -> None:
-    """Give the scorer the D that the run had, and with `previous` its cache: that after the last unit."""
-    state = [(total, int(tokens)) for total, tokens in job.run.ranges or ()]
-    if not state:
-        return
-    if previous is not None:
-        n = sum(map(len, previous.inputs))
-        # Scorers tell the age of residents by D's tokens, so reading the unit again must end at the same number.
-        job.scorer.ranges = [(total * (tokens - n) / tokens, tokens - n) for total, tokens in state]
-        for sequence in previous.inputs:
-            mx.eval(job.scorer.forward(sequence, biased_from=previous.biased_from))
-        job.scorer.take_counts()
-    job.scorer.ranges = state
 
 
 def _logprobs(logits: mx.array) -> mx.array:

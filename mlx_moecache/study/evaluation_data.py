@@ -46,6 +46,11 @@ class Request:
     subjects: tuple[str, ...] = ()
     max_tokens: int | None = None
 
+    @property
+    def overlaps(self) -> bool:
+        """True if windows share tokens; then each unit scores and counts only those that are new."""
+        return self.stride is not None and self.stride < self.window
+
 
 @dataclass(frozen=True)
 class Material:

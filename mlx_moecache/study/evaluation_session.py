@@ -34,7 +34,9 @@ from .evaluation import (
     Reading,
     Scorer,
     choice_readings,
+    keep,
     measure,
+    resume,
     swapped_nothing,
     window_readings,
 )
@@ -101,6 +103,7 @@ class Session:
                 seed=request.seed,
                 shots=material.shots,
                 max_tokens=material.max_tokens,
+                scored="new" if request.overlaps else None,
             ),
         )
         self._strategies: dict[str, Strategy] = {}
@@ -216,7 +219,7 @@ class Session:
         own = (j.scorer for j in jobs if isinstance(self._strategies[j.run.routing], Original))
         exact: Scorer = next(own, None) or scorer(runs[0], Original())
         bound: Belady | None = None
-        if request.initial == "empty":
+        if request.initial == "empty" and not request.overlaps:
             bound = partial(belady_misses, variant="paper" if request.accounting == "paper" else "engine")
         with ExitStack() as stack:
             if self.options.trace is not None:
@@ -289,12 +292,11 @@ class Session:
                 initial=request.initial,
                 seed=request.seed,
             )
-            if run.ranges is not None:
-                scorer.ranges = [(total, int(tokens)) for total, tokens in run.ranges]
+            resume(run, scorer, request.initial)
             lm = MoeCacheLM(model, self.tokenizer, scope=self.material.scope, scorer=scorer)
             for unit in task.units(lm, limit=request.limit, skip=run.measured):
                 run.units.append(unit)
-                run.ranges = [list(r) for r in scorer.ranges]
+                keep(run, scorer, request.initial)
                 on_unit(run, unit)
         finally:
             model.expert_cache.close()

@@ -39,6 +39,7 @@ class Unit:
     life_tokens: int | None = None  # their length from insertion, in tokens
     mass_lost: float | None = None  # router mass of the own top-k less that of the chosen
     belady_misses: int | None = None  # of the best eviction possible on the original routes
+    own_selections: int | None = None  # of original routing, what `belady_misses` are of; None: k per token_layers
     correct: int | None = None  # 1: the question was answered
     scores: dict[str, int] | None = None  # other ways to judge the same answer, 0 or 1, by name
 
@@ -68,7 +69,8 @@ def metrics(units: Sequence[Unit], *, layers: int, k: int, bytes_per_expert: int
 
     perplexity = exp(sum NLL / sum tokens); kl in nats and top1_agreement as a share, per predicted token; accuracy as
     a share of questions. miss_rate, swapped_share: of selections; all_hit_share: of (token, layer) pairs; mass_lost:
-    per (token, layer); loads_per_token and bytes_per_token: over all layers; expert_lifetime: tokens, completed lives.
+    per (token, layer); loads_per_token and bytes_per_token: over all layers; expert_lifetime: tokens, completed lives;
+    belady_miss_rate: of the router's own selections.
     """
     tokens = _column(units, "tokens")
     selections = _column(units, "selections")
@@ -93,7 +95,7 @@ def metrics(units: Sequence[Unit], *, layers: int, k: int, bytes_per_expert: int
         "all_hit_share": _share(_column(units, "all_hit"), token_layers),
         "bytes_per_token": None if loads is None else loads * bytes_per_expert,
         "mass_lost": _share(_column(units, "mass_lost"), token_layers),
-        "belady_miss_rate": _share(_column(units, "belady_misses"), token_layers, 1 / k),  # of the router's selections
+        "belady_miss_rate": _share(_column(units, "belady_misses"), _own_selections(units, k)),
     }
     for name in sorted({name for u in units for name in u.scores or ()}):
         values = np.array([(u.scores or {}).get(name, 0) for u in units], dtype=np.float64)
@@ -166,6 +168,14 @@ def _column(units: Sequence[Unit], name: str) -> Array | None:
     if not values or any(v is None for v in values):
         return None
     return np.array(values, dtype=np.float64)
+
+
+def _own_selections(units: Sequence[Unit], k: int) -> Array | None:
+    token_layers = _column(units, "token_layers")
+    if token_layers is None:
+        return None
+    own = [math.nan if u.own_selections is None else u.own_selections for u in units]
+    return np.where(np.isnan(own), k * token_layers, own)
 
 
 def _share(part: Array | None, whole: Array | None, factor: float = 1.0) -> float | None:

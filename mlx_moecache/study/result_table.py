@@ -29,6 +29,7 @@ def heading(results: Results) -> list[str]:
         f"{data.task} {data.path.rpartition('/')[2]} (sha256 {data.sha256[:12]})"
         + (f", windows of {s.window:,} tokens" if s.window else "")
         + (f" every {s.stride:,}" if s.window and s.stride != s.window else "")
+        + (", each token scored once" if s.scored == "new" else "")
         + (f", {s.shots}-shot" if s.shots is not None else ""),
         f"bias scope {s.scope}, cache {s.initial} at the start, {s.accounting} accounting, seed {s.seed}",
     ]

@@ -60,6 +60,7 @@ class Settings:
     seed: int
     shots: int | None = None  # worked examples before a question
     max_tokens: int | None = None  # of a generated answer
+    scored: str | None = None  # "new": of windows that overlap, tokens that no earlier one had; else all
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Run:
     n: int  # units that a complete run has
     failed: str | None = None  # why the figures must not be used
     ranges: list[list[float]] | None = None  # per layer [sum, tokens] of D after the last unit: where to continue
+    caches: str | None = None  # JSON, only if they do not start empty: how the last unit left them, until n are done
     units: list[Unit] = field(default_factory=list)
 
     @property
@@ -219,6 +221,7 @@ def _run_as_json(run: Run, model: ModelFacts) -> dict[str, Any]:
         "complete": run.complete,
         "failed": run.failed,
         "ranges": run.ranges,
+        "caches": run.caches,  # as text, since each number would have a line of its own
         "metrics": run.metrics(model),
         "units": [{k: v for k, v in asdict(u).items() if v is not None} for u in run.units],
     }
@@ -234,6 +237,7 @@ def _run_from_json(data: dict[str, Any]) -> Run:
         n=data["n"],
         failed=data.get("failed"),
         ranges=data.get("ranges"),
+        caches=data.get("caches"),
         units=[_facts(Unit, u) for u in data["units"]],
     )
 

@@ -3,7 +3,8 @@
 WikiText (`wiki.valid.raw` of wikitext-2-raw-v1): the rows of the data set are the lines of the file, a row of blanks
 only is the empty string, rows are joined with two line breaks, and the result is one text without special tokens. A
 window has W predicted tokens, so W + 1 ids; the next one begins `stride` tokens later, and what is left at the end
-is not used.
+is not used. With a stride below W windows overlap, and after the first one only their last `stride` tokens are new: the
+others are context, neither scored nor counted again (evaluation.window_readings).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ caches are simulated: their size does not depend on how many experts the model r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,7 +23,9 @@ from ..expert_cache import ExpertCache, LayerExperts
 from ..observer import Observer, RoutedCall
 from ..routing import Strategy
 from ..seam import SelectionSeam
-from .recurrence import Counts, LayerRecurrence, over_layers
+from .belady import Routes
+from .recurrence import Counts, over_layers
+from .window_recurrence import WindowRecurrence
 
 INITIAL = ("empty", "random", "warm")
 Selections = npt.NDArray[np.int32]
@@ -32,7 +35,8 @@ class WindowScorer:
     """Scores sequences with `model` as if each layer had `slots` slots; the model's own cache only supplies weights.
 
     D persists over the sequences of one scorer, as in the paper; the simulated caches begin every sequence as `initial`
-    says: empty, with `slots` experts drawn by `seed`, or as the sequence before left them.
+    says: empty, with `slots` experts drawn by `seed`, or as the sequence before left them. What is drawn depends on the
+    layer and on `sequence`, the number of sequences begun so far, which may be set; not on the strategy.
     """
 
     def __init__(
@@ -57,24 +61,26 @@ class WindowScorer:
         if len(counts) != len(cache.layers):
             raise UsageError(f"{len(counts)} slot counts for {len(cache.layers)} MoE layers; give one for each")
         self.model, self.strategy, self.initial = model, strategy, initial
-        self._random = np.random.default_rng(seed)
+        self.seed, self.sequence = seed, 0
         self._layers: list[_Layer] = []
         for number, (x, s) in enumerate(zip(cache.layers, counts, strict=True)):
             seam, slots_here = _seam_of(x), min(s, x.num_experts)
-            recurrence = LayerRecurrence(
+            recurrence = WindowRecurrence(
                 x.num_experts, x.k, slots_here, strategy, eviction=eviction, accounting=accounting, ranked=seam.ranked
             )
             self._layers.append(_Layer(number, seam, recurrence))
 
-    def forward(self, tokens: Sequence[int], *, biased_from: int = 0) -> mx.array:
+    def forward(self, tokens: Sequence[int], *, biased_from: int = 0, counted_from: int = 0) -> mx.array:
         """[L, V] float32 logits of a new sequence of L tokens, evaluated.
 
-        Tokens before `biased_from` are routed as the model does; they only warm the caches and D.
+        Tokens before `biased_from` are routed as the model does; they only warm the caches and D. Those before
+        `counted_from` are left out of `take_counts`.
         """
         if not tokens:
             raise UsageError("a sequence needs at least one token")
         for x in self._layers:
-            x.begin(self._contents(x), self.model.expert_cache.observers)
+            x.begin(self._contents(x), self.model.expert_cache.observers, uncounted=counted_from)
+        self.sequence += 1
         kv = make_prompt_cache(self.model)
         parts = []
         with self._observing(), self.model.expert_cache.phase("prefill"):
@@ -106,9 +112,32 @@ class WindowScorer:
             x.recurrence.range_state = s
 
     @property
-    def own_selections(self) -> list[Selections]:
-        """Per MoE layer [L, k], what the router itself selected in the last sequence (for Belady's bound)."""
-        return [np.concatenate(x.own) for x in self._layers]
+    def caches(self) -> str:
+        """JSON: `sequence`, and if caches stay warm what each of them holds. With `ranges`, where to go on from."""
+        layers = [x.recurrence.cache_state for x in self._layers] if self.initial == "warm" else []
+        return json.dumps({"sequence": self.sequence, "layers": layers}, separators=(",", ":"))
+
+    @caches.setter
+    def caches(self, text: str) -> None:
+        """Raises UsageError if `text` is not of a scorer with the same settings."""
+        try:
+            state = json.loads(text)
+            self.sequence = int(state["sequence"])
+            for x, s in zip(self._layers if self.initial == "warm" else [], state["layers"], strict=True):
+                x.recurrence.cache_state = s
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"what is noted about the caches of an interrupted run is damaged ({type(error).__name__}: {error}); "
+                "measure anew with another --output"
+            ) from error
+
+    @property
+    def own_selections(self) -> list[Routes]:
+        """Per MoE layer, what the router itself selected in the last sequence of L tokens (for Belady's bound).
+
+        [L, k]; where some experts compute nothing, for each token a list of the others.
+        """
+        return [x.own_selections() for x in self._layers]
 
     def _contents(self, layer: _Layer) -> list[int] | None:
         """What a cache holds before a sequence; None: what it holds now."""
@@ -116,7 +145,8 @@ class WindowScorer:
         if self.initial == "empty":
             return []
         if self.initial == "random":
-            drawn: list[int] = self._random.permutation(residents.num_experts)[: residents.capacity].tolist()
+            rng = np.random.default_rng((self.seed, layer.number, self.sequence))
+            drawn: list[int] = rng.permutation(residents.num_experts)[: residents.capacity].tolist()
             return drawn
         return None
 
@@ -145,15 +175,20 @@ def _seam_of(layer: LayerExperts) -> SelectionSeam:
 class _Layer:
     """One layer's recurrence and the seam that feeds it. Observers hear of every token once, from here."""
 
-    def __init__(self, number: int, seam: SelectionSeam, recurrence: LayerRecurrence) -> None:
+    def __init__(self, number: int, seam: SelectionSeam, recurrence: WindowRecurrence) -> None:
         self.number, self.seam, self.recurrence = number, seam, recurrence
         self.biased = True
         self.own: list[Selections] = []
 
-    def begin(self, contents: list[int] | None, observers: Sequence[Observer]) -> None:
+    def begin(self, contents: list[int] | None, observers: Sequence[Observer], *, uncounted: int) -> None:
         self.own, self.observers = [], observers
+        self.recurrence.uncounted = uncounted
         if contents is not None:
             self.recurrence.reset_cache(contents)
+
+    def own_selections(self) -> Routes:
+        own, real = np.concatenate(self.own), self.recurrence.residents.num_experts
+        return own if (own < real).all() else [[e for e in row if e < real] for row in own.tolist()]
 
     def route(self, z: mx.array, p: mx.array, own: mx.array) -> tuple[mx.array, mx.array] | None:
         """Run the recurrence over the tokens of one forward pass (see seam.Window)."""
