@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,18 +184,19 @@ def table(results: list[Measured]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--synthetic", type=positive, metavar="LAYERS", help="measure the synthetic model instead")
     parser.add_argument("--prompt", type=positive, nargs="+", default=[8, 600], help="tokens (default: 8 and 600)")
     parser.add_argument("--reply", type=positive, default=40, help="tokens (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument("--json", action="store_true", help="print the line of JSON only")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(asdict(measure(args.folder, Setting(**json.loads(args.one))))))
         return
+    before = environment()
     with synthetic(args.synthetic or 1) as made:
         folder = made if args.synthetic else demo_model()
         name = f"synthetic, {args.synthetic} layers" if args.synthetic else DEMO_NAME
@@ -203,13 +204,20 @@ def main() -> None:
         for prompt in args.prompt:
             for setting in settings(folder, prompt, args.reply):
                 results.append(in_fresh_process(folder, setting))
-                print("\n".join(table(results)[-1:] if len(results) > 1 else table(results)), flush=True)
+                if not args.json:
+                    print("\n".join(table(results)[-1:] if len(results) > 1 else table(results)), flush=True)
     off = [m for m in results if abs(m.ratio - 1) > TARGET]
-    print(f"{name}: {len(results) - len(off)} of {len(results)} plans within {TARGET:.0%} of the measured peak")
-    print("budget kept in all" if all(m.keeps_budget for m in results) else "a budget was exceeded")
-    if args.json:
-        facts: dict[str, Any] = {"model": name, "results": [asdict(m) for m in results], "environment": environment()}
-        args.json.write_text(json.dumps(facts, indent=1))
+    if not args.json:
+        print(f"{name}: {len(results) - len(off)} of {len(results)} plans within {TARGET:.0%} of the measured peak")
+        print("budget kept in all" if all(m.keeps_budget for m in results) else "a budget was exceeded")
+    record: dict[str, Any] = {
+        "benchmark": "memory_accuracy",
+        "environment": before,
+        "model": name,
+        "target": TARGET,
+        "results": [asdict(m) for m in results],
+    }
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,7 +143,7 @@ def measure(
         ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Decode speed through the server against generate.")
     add_model_argument(parser)
     size = parser.add_mutually_exclusive_group()
@@ -151,27 +151,41 @@ def main() -> None:
     size.add_argument("--memory", metavar="SIZE", help="budget instead of slots (default: none)")
     parser.add_argument("--tokens", type=positive, default=80, help="of a reply (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=30, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object (default: lines)")
-    args = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="print the line of JSON only")
+    args = parser.parse_args(argv)
     folder, name = model_folder(args.model)
     slots = 30 if args.slots is None and args.memory is None else args.slots
     before = environment()
     results = measure(
         folder, slots=slots, memory=args.memory, tokens=args.tokens, rounds=args.rounds, show=not args.json
     )
-    if args.json:
-        facts = {"model": name, "slots": slots, "memory": args.memory, "tokens": args.tokens, "target": TARGET}
-        print(json.dumps({**facts, "results": [asdict(r) for r in results], "environment": before}, allow_nan=False))
-        return
+    if not args.json:
+        print("\n".join(table(results)))
+    record = {
+        "benchmark": "server_speed",
+        "environment": before,
+        "model": name,
+        "slots": slots,
+        "memory": args.memory,
+        "tokens": args.tokens,
+        "target": TARGET,
+        "results": [asdict(r) for r in results],
+    }
+    print(json.dumps(record, allow_nan=False))
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """The lines of the report: the server, the control, and whether the target is met."""
+    lines = []
     for r in results:
         low, high = r.spread
         same = "same text" if r.same_text else "TEXTS DIFFER"
-        print(
+        lines.append(
             f"{r.what:8} {r.ratio.format()} of generate's speed (quartiles {low:.3f} to {high:.3f}), "
             f"fastest {r.fastest_ratio.format()}, {r.rounds} rounds: "
             f"{r.other_tps:.1f} against {r.generate_tps:.1f} tok/s, {same}"
         )
-    print(f"target {TARGET}: {verdict(results[0])}")
+    return [*lines, f"target {TARGET}: {verdict(results[0])}"]
 
 
 def verdict(r: Result) -> str:

@@ -30,4 +30,4 @@ class BudgetError(MoeCacheError):
 
 
 class ReadError(MoeCacheError):
-    """Expert bytes could not be read; the cache is unchanged and the call may be repeated."""
+    """Weights could not be read; of experts, the cache is unchanged and the call may be repeated."""

@@ -150,7 +150,7 @@ def stream_generate(
     """Stream the reply to `prompt` (text or token ids) as responses with text, rates and cache statistics.
 
     The last response has a finish_reason: "stop" (end of text) or "length". Raises UsageError for an empty prompt or
-    max_tokens 0, ReadError if expert bytes cannot be read.
+    max_tokens 0, ReadError if expert bytes cannot be read or a shard was changed since the model was loaded.
 
         for response in stream_generate(model, tokenizer, "Once upon a time", max_tokens=100):
             print(response.text, end="", flush=True)
@@ -172,6 +172,7 @@ def stream_generate(
         prompt_progress=prompt_progress,
     )
     experts = expert_cache_of(model)
+    experts.reader.check_unchanged()
     before = experts.stats.copy()
     detokenizer = tokenizer.detokenizer
     prompt_tps = 0.0

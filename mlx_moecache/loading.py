@@ -19,7 +19,7 @@ from mlx_lm.utils import load_tokenizer
 
 from . import architectures, footprint, system
 from .budget import OVERHEAD, ForwardShape, LayerShape, MemoryPlan, parse_memory, plan_memory
-from .checkpoints.checkpoint import read_index
+from .checkpoints.checkpoint import explain_missing, read_index
 from .checkpoints.expert_layout import LayerExtents, locate_experts
 from .checkpoints.hub import resolve_model
 from .checkpoints.open_files import allow_open_files
@@ -30,7 +30,7 @@ from .expert_cache import ExpertCache, LayerExperts
 from .footprint import KVOptions
 from .guess import watching_norms
 from .kv_growth import install_growth
-from .lazy_model import build_lazily, one_line
+from .lazy_model import build_lazily, one_line, read_weights
 from .look_ahead import LookAhead, buffers_for
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
 from .optimistic import Optimist
@@ -78,7 +78,10 @@ class OpenedModel:
         self.folder = folder
         self.index = read_index(folder)
         allow_open_files(2 * len(self.index.shards))  # MLX holds one for each shard, and our reader another
-        self.model, self.config = build_lazily(folder, trust_remote_code=trust_remote_code)
+        try:
+            self.model, self.config = build_lazily(folder, trust_remote_code=trust_remote_code)
+        except CheckpointError as e:
+            raise explain_missing(self.index, e) from e
         self.blocks: list[MoeBlock] = find_blocks(self.model)
         known = architectures.find(type(self.model).__module__.rpartition(".")[2])
         self.extents: list[LayerExtents] = [
@@ -87,7 +90,7 @@ class OpenedModel:
             )
             for b in self.blocks
         ]
-        self._refuse_slow_dtypes()
+        self._refuse_gpu_formats()
         self._probe_shape = footprint.activation_dtype(self.model), footprint.hidden_dims(self.config, self.blocks)
         # A forward pass that is built and thrown away shows every switch its k, and which norm is before which block.
         with watching_norms(self.model, self.blocks) as norms:
@@ -219,7 +222,7 @@ class OpenedModel:
             system.limit_buffer_cache()
             if plan.budget is not None:
                 system.return_freed_memory()
-            mx.eval(list(footprint.model_arrays(self.model)))
+            read_weights(self.model, self.folder)
             tested = {b.path: b.self_test(*self._probe_shape) for b in self.blocks}
             self._refuse_unreachable(strategy, {path: reason for path, reason in tested.items() if reason})
             layers = [
@@ -288,10 +291,18 @@ class OpenedModel:
 
         return ElasticSlots(stages, [b.k for b in self.blocks], apply, system_pressure())
 
-    def _refuse_slow_dtypes(self) -> None:
-        """MLX's CPU backend multiplies unquantised experts in float32 only; it would fail at the first token."""
+    def _refuse_gpu_formats(self) -> None:
+        """MLX's CPU backend multiplies unquantised experts in float32 only; it would fail at the first token.
+
+        So it would with nvfp4 that has a global scale for each expert.
+        """
         for b in self.blocks:
             for c in b.components:
+                if system.on_cpu() and c.name.endswith(".global_scale"):
+                    raise UnsupportedModelError(
+                        f"the experts of {b.path} have global scales ({c.name}), which MLX computes only on a GPU; on "
+                        "this machine use a model that was quantised without them"
+                    )
                 if system.on_cpu() and c.dtype in ("bfloat16", "float16") and c.name.endswith(".weight"):
                     raise UnsupportedModelError(
                         f"the experts of {b.path} are {c.dtype}, which MLX computes only on a GPU; on this machine use "

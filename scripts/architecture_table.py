@@ -28,7 +28,8 @@ BEGIN, END = "<!-- model types: begin -->", "<!-- model types: end -->"
 
 FORMATS = (
     "Experts may be float32, affine with 3, 4, 6 or 8 bits, mxfp4, mxfp8 or nvfp4, mixed by layer and by projection, "
-    "with or without biases; float16 and bfloat16 need a GPU, because MLX's `gather_mm` on the CPU is float32 only."
+    "with or without biases; float16 and bfloat16 need a GPU, because MLX's `gather_mm` on the CPU is float32 only; "
+    "nvfp4 with a global scale for each expert needs one, too."
 )
 
 

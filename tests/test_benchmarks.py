@@ -28,6 +28,7 @@ import cache_prior_runs
 import common
 import decode_speed
 import held_out
+import server_speed
 
 LENGTH = 48  # tokens per window: one block of two segments, and a rest
 
@@ -183,6 +184,23 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert code == 2 and captured.out == ""
     assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
     assert message in captured.err
+
+
+# ---- server_speed ----
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_the_last_line_of_server_speed_is_its_record(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], only: bool
+) -> None:
+    ratio = common.Estimate(1.0, 0.99, 1.01)
+    result = server_speed.Result("server", ratio, ratio, (0.99, 1.01), 50.0, 50.0, True, 2)
+    monkeypatch.setattr(server_speed, "measure", lambda folder, **options: [result])
+    server_speed.main(["--model", str(model), *(["--json"] if only else [])])
+    *lines, last = capsys.readouterr().out.splitlines()
+    record = json.loads(last)
+    assert record["benchmark"] == "server_speed" and record["results"][0]["ratio"]["value"] == 1.0
+    assert (lines == []) == only and (only or lines[-1] == "target 0.97: met")
 
 
 # ---- expert_reads ----

@@ -455,6 +455,24 @@ def test_a_missing_shard_is_refused(refused: Callable[..., str], tmp_path: Path)
     assert "model-00002-of-00002.safetensors" in refused("-p", STORY, "--model", str(folder))
 
 
+def test_a_hard_limit_of_open_files_that_is_too_low_for_mlx_lm_is_explained() -> None:
+    code = """
+import resource, sys
+from mlx_moecache.generate import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 4096))
+except ValueError:
+    sys.exit(main(["--slots", "20", "-m", "2", "-p", "fox"]))
+sys.exit("this user may raise hard limits")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if "may raise" in done.stderr:
+        pytest.skip(done.stderr)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert "a hard limit of at least 4,096 open files" in done.stderr
+
+
 def test_a_dense_model_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     config = {
         "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 257,
@@ -495,6 +513,11 @@ def test_a_failed_read_ends_the_line_of_the_reply_first(command: Run, monkeypatc
     [
         (RuntimeError("boom"), 1, "error: unexpected RuntimeError: boom (--debug shows where)\n"),
         (MemoryError(), 2, "error: out of memory; use fewer --slots or a smaller --memory\n"),
+        (
+            ValueError("not allowed to raise maximum limit"),  # from Python's setrlimit
+            2,
+            "error: mlx-lm needs a hard limit of at least 4,096 open files; raise it (ulimit -Hn shows it)\n",
+        ),
         (
             RuntimeError("[malloc] Unable to allocate 9 bytes."),
             2,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -297,6 +299,19 @@ class TestFailure:
         assert generate(model, tokenizer, TEXT, max_tokens=8) == mlx_lm.generate(
             stock_of(shelf), tokenizer, TEXT, max_tokens=8
         )
+
+    def test_a_shard_that_changes_is_noticed_by_the_next_reply(
+        self, shelf: Shelf, tokenizer: TokenizerWrapper, tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copytree(shelf.checkpoint("qwen2_moe"), tmp_path / "copy"))
+        model = OpenedModel(path).load(MemoryOptions(slots=4, max_context=256), CacheOptions(routing="original"))
+        assert generate(model, tokenizer, TEXT, max_tokens=3)
+        shard = path / "model-00002-of-00002.safetensors"
+        content, before = shard.read_bytes(), shard.stat().st_mtime_ns
+        shard.write_bytes(content[:-100] + bytes(100))
+        assert shard.stat().st_mtime_ns > before
+        with pytest.raises(ReadError, match=f"{shard} was changed since the model was loaded"):
+            generate(model, tokenizer, TEXT, max_tokens=3)
 
     def test_resizing_between_tokens_changes_no_token(self, shelf: Shelf, tokenizer: TokenizerWrapper) -> None:
         model, sizes = load(shelf, slots=4), [4, 16, 9, 16, 16, 5, 4, 16, 7]

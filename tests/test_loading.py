@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import olmoe, qwen2_moe
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
-from mlx_lm.utils import _get_classes, load_model
+from mlx_lm.utils import _get_classes, load_model, quantize_model
 from tiny_models import (
     Config,
     Shelf,
@@ -31,7 +32,15 @@ from tiny_models import (
 )
 
 import mlx_moecache
-from mlx_moecache.errors import BudgetError, CheckpointError, HubError, UnsupportedModelError, UsageError
+from mlx_moecache.checkpoints.checkpoint import INDEX_NAME
+from mlx_moecache.errors import (
+    BudgetError,
+    CheckpointError,
+    HubError,
+    ReadError,
+    UnsupportedModelError,
+    UsageError,
+)
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.moe_block import find_blocks
 from mlx_moecache.seam import SelectionSeam
@@ -293,6 +302,13 @@ class TestRefusedCheckpoints:
         (path / "model-00002-of-00002.safetensors").unlink()
         self.refuse(path, CheckpointError, "model-00002-of-00002.safetensors", "missing")
 
+    def test_needed_weights_in_a_shard_that_mlx_lm_does_not_load(self, tmp_path: Path) -> None:
+        path = write_checkpoint(tmp_path, tiny_config("mixtral"))
+        (path / "model-00002-of-00002.safetensors").rename(path / "second.safetensors")
+        index = (path / INDEX_NAME).read_text().replace("model-00002-of-00002", "second")
+        (path / INDEX_NAME).write_text(index)
+        self.refuse(path, CheckpointError, "do not fit its config.json", "'second.safetensors'", "would not find")
+
     def test_custom_model_code_without_permission(self, tmp_path: Path) -> None:
         path = write_checkpoint(tmp_path, tiny_config("mixtral", model_file="model.py"))
         self.refuse(path, UsageError, "--trust-remote-code")
@@ -301,6 +317,12 @@ class TestRefusedCheckpoints:
         config = tiny_config("mixtral")
         weights = {p: a.astype(mx.bfloat16) for p, a in tree_flatten(build_model(config).parameters())}
         self.refuse(write_weights(tmp_path, config, weights), UnsupportedModelError, "bfloat16", "mlx_lm.convert")
+
+    def test_global_scales_that_the_cpu_backend_cannot_compute(self, tmp_path: Path) -> None:
+        config = tiny_config("qwen3_moe")
+        model, config = quantize_model(build_model(config), config, 16, 4, "nvfp4", global_scale=True)
+        path = write_weights(tmp_path, config, dict(tree_flatten(model.parameters())))
+        self.refuse(path, UnsupportedModelError, "global scales", "_proj.global_scale", "only on a GPU")
 
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(HubError):
@@ -330,6 +352,59 @@ class TestRefusedCheckpoints:
             find_blocks(model)
         message = str(error.value)
         assert f"layers.1.block_sparse_moe.switch_mlp.{projection}" in message and "mlx_lm.fuse" in message
+
+
+class TestFoldersThatMlxLmLoads:
+    """What mlx-lm does not mind is no reason to refuse a model."""
+
+    @pytest.mark.parametrize("index", ["side file", "old shard names", "tensor in no file", "no tensors", "no JSON"])
+    def test_whatever_the_index_says(self, tmp_path: Path, index: str) -> None:
+        path = write_checkpoint(tmp_path, tiny_config("qwen3_moe"))
+        weight_map = json.loads((path / INDEX_NAME).read_text())["weight_map"]
+        if index == "side file":
+            mx.save_safetensors(str(path / "mtp.safetensors"), {"mtp.fc.weight": mx.zeros((4, 4))})
+            weight_map["mtp.fc.weight"] = "mtp.safetensors"
+        elif index == "old shard names":
+            weight_map = {name: shard.replace("00002.", "00005.") for name, shard in weight_map.items()}
+        elif index == "tensor in no file":
+            weight_map["model.layers.0.self_attn.rotary_emb.inv_freq"] = next(iter(weight_map.values()))
+        else:
+            weight_map = {}
+        text = "" if index == "no JSON" else json.dumps({"weight_map": weight_map})
+        (path / INDEX_NAME).write_text(text)
+        self.same_as_stock(path, load_model(path)[0])
+
+    @pytest.mark.parametrize("name", ["q [4bit]", "what?", "all*"])
+    def test_a_path_that_mlx_lm_would_take_as_a_pattern(self, tmp_path: Path, name: str) -> None:
+        path = write_checkpoint(tmp_path / "plain", tiny_config("qwen2_moe"), tokenizer=True)
+        stock = load_model(path)[0]
+        path = path.rename(tmp_path / name)
+        self.same_as_stock(path, stock)
+        assert OpenedModel(path).tokenizer().encode("fox")
+
+    def same_as_stock(self, path: Path, stock: nn.Module) -> None:
+        model = OpenedModel(path).load(MemoryOptions(slots=8), EXACT)
+        assert same_bits(run_model(model, TOKENS, LENGTHS), run_model(stock, TOKENS, LENGTHS))
+
+
+class TestReadingResidentWeights:
+    def test_a_shard_that_became_shorter_is_a_read_error_that_names_the_folder(self, tmp_path: Path) -> None:
+        path = write_checkpoint(tmp_path, tiny_config("qwen2_moe"), shards=1)
+        opened = OpenedModel(path)
+        os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size // 4)
+        with pytest.raises(ReadError) as error:
+            opened.load(MemoryOptions(slots=4), EXACT)
+        message = str(error.value)
+        assert str(path) in message and "Unable to read" in message and "\n" not in message
+
+    def test_other_errors_stay_what_they_are(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*arrays: Any) -> None:
+            raise RuntimeError("[malloc] Unable to allocate 5 bytes.")
+
+        opened = OpenedModel(shelf.checkpoint("qwen2_moe"))
+        monkeypatch.setattr(mx, "eval", fail)
+        with pytest.raises(RuntimeError, match="allocate"):
+            opened.load(MemoryOptions(slots=4), EXACT)
 
 
 class TestRoutersThatTheSeamDoesNotReach:

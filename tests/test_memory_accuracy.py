@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,22 @@ def test_a_plan_for_the_demo_model_is_within_5_percent(memory_accuracy: object) 
     found = memory_accuracy.in_fresh_process(demo_model(), made[1])  # type: ignore[attr-defined]
     assert found.slots == 4 + 15 and found.peak <= found.budget
     assert abs(found.ratio - 1) <= memory_accuracy.TARGET  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_the_last_line_is_the_record(
+    memory_accuracy: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], only: bool
+) -> None:
+    def measured(folder: Path, s: Any) -> object:
+        parts = {"overhead": 10}
+        return memory_accuracy.Measured(s.budget, s.prompt, s.reply, 4, 8, parts, 110, 98, None)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(memory_accuracy, "in_fresh_process", measured)
+    memory_accuracy.main(["--prompt", "8", "--reply", "4", *(["--json"] if only else [])])  # type: ignore[attr-defined]
+    *lines, last = capsys.readouterr().out.splitlines()
+    record = json.loads(last)
+    assert record["benchmark"] == "memory_accuracy" and [r["prompt"] for r in record["results"]] == [8] * 4
+    assert (lines == []) == only and (only or lines[-1] == "budget kept in all")
 
 
 def test_a_run_that_fails_is_explained(memory_accuracy: object) -> None:

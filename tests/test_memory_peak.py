@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
-from tiny_models import ALL_TYPES, Shelf, random_tokens, tiny_config, write_checkpoint
+from tiny_models import ALL_TYPES, Shelf, model_weights, random_tokens, tiny_config, write_checkpoint, write_weights
 
 from mlx_moecache import system
 from mlx_moecache.budget import OVERHEAD, parse_memory
@@ -27,6 +27,7 @@ from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 MB = 2**20
 PROMPT, REPLY = 600, 40  # tokens
 LOADING_SLACK = 64 * MB
+QUANTISED = "weight", "scales", "biases"
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,46 @@ class TestAMadeModel:
 
     def test_loading_alone_takes_what_is_kept(self, made: Path) -> None:
         run = generate(made, slots=12, prompt=8, reply=1)
+        assert run.kept <= run.loading <= run.kept + MB
+
+
+class TestWeightsThatAreMadeOfLargerOnes:
+    """Loading takes what is kept, and one of the larger ones at a time."""
+
+    def test_a_shared_expert_that_is_one_more_row_of_the_experts(self, tmp_path: Path) -> None:
+        config = tiny_config("minimax_m3_vl")
+        config["text_config"] |= {
+            "num_local_experts": 24, "hidden_size": 128, "intermediate_size": 128, "shared_intermediate_size": 128,
+            "num_hidden_layers": 12, "moe_layer_freq": [0] + [1] * 11,
+        }  # fmt: skip
+        weights = {}
+        for name, w in (made := model_weights(config)).items():
+            if ".switch_mlp." in name:
+                shared = made[name.replace("switch_mlp", "shared_experts")]
+                weights[name] = mx.concatenate([w, shared[None]])
+            elif ".shared_experts." not in name:
+                weights[name] = w
+        self.check(write_weights(tmp_path, config, weights, tokenizer=True))
+
+    def test_a_projection_that_is_dequantised_while_loading(self, tmp_path: Path) -> None:
+        heads, head, rank = 16, 64, 256
+        config = tiny_config(
+            "deepseek_v3", num_hidden_layers=12, num_attention_heads=heads, num_key_value_heads=heads,
+            kv_lora_rank=rank, qk_nope_head_dim=head, v_head_dim=head, quantization={"group_size": 32, "bits": 4},
+        )  # fmt: skip
+        weights = {}
+        for name, w in (made := model_weights(config)).items():
+            attention, embeds, _ = name.rpartition("embed_q.weight")
+            if embeds:
+                pair = mx.concatenate([w.swapaxes(-1, -2), made[f"{attention}unembed_out.weight"]], axis=1)
+                parts = mx.quantize(pair.reshape(-1, rank), 32, 4)
+                weights |= {f"{attention}kv_b_proj.{p}": x for p, x in zip(QUANTISED, parts, strict=True)}
+            elif "unembed_out" not in name:
+                weights[name] = w
+        self.check(write_weights(tmp_path, config, weights, tokenizer=True))
+
+    def check(self, path: Path) -> None:
+        run = generate(path, memory=smallest(path, prompt=8), prompt=8, reply=1)
         assert run.kept <= run.loading <= run.kept + MB
 
 

@@ -22,6 +22,7 @@ from tiny_models import tiny_config, write_checkpoint
 
 from mlx_moecache import devices, system
 from mlx_moecache.budget import OVERHEAD, parse_memory
+from mlx_moecache.checkpoints.checkpoint import INDEX_NAME
 from mlx_moecache.console.emulation import reserve
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.devices import DEVICES, Figure
@@ -282,3 +283,26 @@ def test_no_weights_are_downloaded(tmp_path: Path, command: Run) -> None:
     assert facts | {"model": ""} == local | {"model": ""} and facts["model"] == "org/model"
     assert math.isclose(sent, 100_001) and sent < len(files["model.safetensors"]) / 50
     assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_an_index_with_a_side_file_changes_nothing_before_or_after_the_download(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "made", tiny_config("qwen3_5_moe"), tokenizer=True)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"]["mtp.fc.weight"] = "mtp.safetensors"
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    files = {f.name: f.read_bytes() for f in folder.iterdir()}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    plan = ["plan", "org/model", *SMALL, "--json"]
+    reply = ["generate", "--model", "org/model", *SMALL[:2], "-p", "hi", "-m", "2"]
+    with FakeHub({"org/model": {"main": files}}) as hub:
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+
+        def run(argv: list[str]) -> str:
+            command = [sys.executable, "-m", f"mlx_moecache.{argv[0]}", *argv[1:]]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        before = run(plan)
+        run(reply)
+        assert json.loads(run(plan))["plan"] == json.loads(before)["plan"] is not None

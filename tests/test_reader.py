@@ -159,6 +159,27 @@ def test_a_shard_truncated_after_opening_is_an_error(tmp_path: Path) -> None:
             opened.read([request(bytearray(10_000), 0)])
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_shard_that_was_written_to_after_opening_is_noticed_and_named(tmp_path: Path, direct: bool) -> None:
+    paths = [tmp_path / f"model-{n}.safetensors" for n in (1, 2)]
+    for path in paths:
+        path.write_bytes(b"x" * 10_000)
+        os.utime(path, ns=(10**18, 10**18))
+    with ExpertReader(paths, direct_io=direct) as opened:
+        opened.check_unchanged()
+        opened.read([request(bytearray(10_000), 0)])
+        os.utime(paths[0], ns=(2 * 10**18, 10**18))  # read
+        os.link(paths[0], tmp_path / "another")
+        paths[1].rename(tmp_path / "old")
+        paths[1].write_bytes(b"y" * 10_000)  # another file of this name
+        opened.check_unchanged()
+        with open(paths[0], "r+b") as file:
+            file.write(b"z")
+        with pytest.raises(ReadError, match=rf"{paths[0]} was changed .*; load the model again$"):
+            opened.check_unchanged()
+    opened.check_unchanged()  # its descriptors may be those of other files now
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_io_error_is_raised_when_every_thread_is_idle_and_queued_pieces_are_skipped(
     way: str, shards: tuple[Path, ...], contents: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -270,7 +271,7 @@ def test_a_read_failure_becomes_an_error_in_the_stream_and_the_server_lives_on(
     exact_server: tuple[ServerProcess, Path],
 ) -> None:
     s, shard = exact_server
-    content = shard.read_bytes()
+    content, before = shard.read_bytes(), shard.stat()
     with begin_stream(s) as c:
         with shard.open("r+b") as f:
             f.truncate(1000)
@@ -279,6 +280,9 @@ def test_a_read_failure_becomes_an_error_in_the_stream_and_the_server_lives_on(
     assert ask(s.port, CHAT, STORY).status == 500  # before the first token: a status of its own
     with shard.open("r+b") as f:
         f.write(content)
+    changed = ask(s.port, CHAT, STORY)  # as far as one can tell without reading all of it
+    assert changed.status == 500 and "was changed since the model was loaded" in changed.error["message"]
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert ask(s.port, CHAT, {**STORY, "max_tokens": 5}).json["usage"]["completion_tokens"] == 5
     assert not any("Traceback" in line for line in s.lines)
 

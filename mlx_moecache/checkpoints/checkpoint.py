@@ -1,6 +1,7 @@
-"""The tensors of a safetensors checkpoint and where their bytes lie: file headers and shard index, checked.
+"""The tensors of a safetensors checkpoint and where their bytes lie: the headers of its files, checked.
 
-Knows nothing about experts, arrays, memory or policies. Offsets are absolute byte offsets in a shard, sizes are bytes.
+mlx-lm never reads the shard index, so it is looked at only to explain what is missing. Knows nothing about experts,
+arrays, memory or policies. Offsets are absolute byte offsets in a shard, sizes are bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -79,7 +80,7 @@ def read_index(folder: Path) -> CheckpointIndex:
 
     The expert shards of a repacked folder (expert_major.py) come after them.
 
-    Raises CheckpointError when a file is missing, unreadable, truncated, or contradicts its header or index.
+    Raises CheckpointError when there is no shard, or one is unreadable, truncated, or contradicts its header.
     """
     try:
         entries = os.listdir(folder)
@@ -90,12 +91,12 @@ def read_index(folder: Path) -> CheckpointIndex:
     expert_names = expert_shard_names(folder, entries)
     # mlx-lm loads every file of this pattern whatever the index says, so all of them count here too.
     names = sorted(fnmatch.filter(entries, SHARD_PATTERN))
-    weight_map = _read_weight_map(folder / INDEX_NAME, names) if INDEX_NAME in entries else {}
     if not names:
-        raise CheckpointError(
+        none = CheckpointError(
             f"{folder}: no {SHARD_PATTERN} here, and only such files are loaded; download the model again or "
             "give the folder that holds its safetensors files"
         )
+        raise explain_missing(CheckpointIndex(folder, (), {}), none)
 
     names += expert_names
     shards = tuple(folder / name for name in names)
@@ -110,53 +111,69 @@ def read_index(folder: Path) -> CheckpointIndex:
                 )
     if not tensors:
         raise CheckpointError(f"{folder}: its safetensors files hold no tensors; download the model again")
-
-    for name, shard_name in weight_map.items():
-        entry = tensors.get(name)
-        if entry is None or names[entry.shard] != shard_name:
-            where = "in no file" if entry is None else f"in {names[entry.shard]}"
-            raise CheckpointError(
-                f"{folder / INDEX_NAME}: tensor {name!r} should be in {shard_name} but is {where}; "
-                "download the model again"
-            )
     return CheckpointIndex(folder, shards, tensors)
 
 
-def _read_weight_map(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """The tensor -> shard map of the index file, every shard being one of `names`."""
+def explain_missing(index: CheckpointIndex, error: CheckpointError) -> CheckpointError:
+    """`error`, which says that a model cannot be built, with what the index file knows of tensors that are in no file.
+
+    An index may be older than its shards, or name files that mlx-lm does not load, so it counts only after an error.
+    Nothing that it names is opened.
+    """
+    path = index.folder / INDEX_NAME
+    if not os.path.lexists(path):
+        return error
+    try:
+        weight_map = _read_weight_map(path)
+    except CheckpointError as wrong:
+        return CheckpointError(f"{error}; {wrong}")
+    lost = [(name, shard) for name, shard in weight_map.items() if name not in index.tensors]
+    if not lost:
+        return error
+    present = {shard.name for shard in index.shards}
+    for name, shard in lost:
+        if _is_shard_name(shard) and shard not in present:  # a download that did not end: the likeliest reason
+            return CheckpointError(f"{_whereabouts(path, name, shard, present)} ({error})")
+    return CheckpointError(f"{error}; {_whereabouts(Path(INDEX_NAME), *lost[0], present)}")
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """The tensor -> shard map of the index file; the names are whatever it says."""
     index = _parse_object(_read_range(path, 0, _file_size(path)), f"{path}: the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no 'weight_map' with tensors; download the model again")
-    present = set(names)
-    checked: dict[str, str] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CheckpointError(
                 f"{path}: tensor {tensor!r} has {reprlib.repr(shard)} as its shard, not a file name; "
                 "download the model again"
             )
-        if shard not in present:
-            raise _shard_name_error(path, tensor, shard)
-        checked[tensor] = shard
-    return checked
+    return weight_map
 
 
-def _shard_name_error(path: Path, tensor: str, shard: str) -> CheckpointError:
-    """Why `shard`, named for `tensor` in the index file `path`, is not among the shards of the folder."""
+def _is_shard_name(name: str) -> bool:
+    """True if mlx-lm would load a file of this name beside the index."""
+    return "/" not in name and fnmatch.fnmatchcase(name, SHARD_PATTERN)
+
+
+def _whereabouts(path: Path, tensor: str, shard: str, present: Container[str]) -> str:
+    """What the index file `path` says of `tensor`, which is in no file, and what is wrong with the `shard` it names."""
+    if shard in present:
+        return f"{path}: tensor {tensor!r} should be in {shard} but is in no file; download the model again"
     where = f"{path}: tensor {tensor!r} is said to be in {shard!r}"
     pure = PurePosixPath(shard)
     if pure.is_absolute() or ".." in pure.parts:
-        return CheckpointError(
+        return (
             f"{where}, which leaves the model's folder; shards must be {SHARD_PATTERN} beside the index, "
             "so download the model again from a source you trust"
         )
-    if "/" in shard or not fnmatch.fnmatchcase(shard, SHARD_PATTERN):
-        return CheckpointError(
+    if not _is_shard_name(shard):
+        return (
             f"{where}, which mlx-lm would not find: it loads only {SHARD_PATTERN} beside the index; "
-            "rename the shards and correct the index"
+            "choose a copy of the model whose shards are called like that"
         )
-    return CheckpointError(f"{where}, but that file is missing; download the model again")
+    return f"{where}, but that file is missing; download the model again"
 
 
 def _read_shard(path: Path, shard: int) -> list[TensorRecord]:

@@ -83,7 +83,7 @@ def _list_shards(repo_id: str, revision: str | None, folder: Path) -> list[str]:
         siblings = huggingface_hub.HfApi().model_info(repo_id, revision=folder.name).siblings or ()
         names = [sibling.rfilename for sibling in siblings]
     except Exception as error:
-        # read_index says if some are missing
+        # building the model says if some are missing
         names = [path.name for pattern in patterns for path in folder.glob(pattern)]
         if not names:
             raise HubError(explain_failure(error, repo_id, revision)) from error

@@ -71,6 +71,7 @@ class ExpertReader:
         self.io_mode = opened.mode
         self.io_note = opened.note
         self._descriptors = opened.descriptors
+        self._versions = [_version(d) for d in self._descriptors]
         self._piece_bytes = PIECE_BYTES
         self._arena: BounceArena | None = None
         self._bounces: queue.SimpleQueue[BounceBuffer] = queue.SimpleQueue()
@@ -128,6 +129,22 @@ class ExpertReader:
             batches = [b for b in self._under_way if b.ahead == ahead]
         for batch in batches:
             batch.cancel()
+
+    def check_unchanged(self) -> None:
+        """Raises ReadError if a shard was written to since it was opened: what is read now may be of another model.
+
+        A system call per shard, so it is for the start of a reply and not for every read. A file that took the place of
+        a shard does no harm: the reader still has the old one.
+        """
+        with self._turn:
+            if self._closed:
+                return  # reading says so
+            for path, descriptor, version in zip(self._shards, self._descriptors, self._versions, strict=True):
+                if _version(descriptor) != version:
+                    raise ReadError(
+                        f"{path} was changed since the model was loaded, so its experts are not those of the model in "
+                        "memory; load the model again"
+                    )
 
     def account(self) -> None:
         """Note which batches have ended."""
@@ -397,6 +414,18 @@ class ExpertReader:
                 f"{self._shards[piece.shard]} ends early: wanted {piece.nbytes} bytes at offset "
                 f"{piece.offset}, got {got}; the file is truncated or was changed, download it again"
             )
+
+
+def _version(descriptor: int) -> tuple[int, int] | None:
+    """What changes when a file is written to (bytes, nanoseconds), and not when it is read, linked or renamed.
+
+    None if the file is out of reach, of which reading tells more.
+    """
+    try:
+        info = os.fstat(descriptor)
+    except OSError:
+        return None
+    return info.st_size, info.st_mtime_ns
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

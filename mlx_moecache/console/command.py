@@ -14,6 +14,7 @@ from contextlib import suppress
 from ..errors import MoeCacheError
 from .terminal import make_streams_safe
 
+OPEN_FILES = 4096  # to which mlx-lm sets the hard limit
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what a C program would leave, so scripts with pipefail know it
 
@@ -47,6 +48,9 @@ def explain(error: Exception, *, debug: bool) -> tuple[str, int]:
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         line, code = f"error: {where}{error.strerror or error}", 2
+    elif _is_open_files_limit(error):
+        line = f"error: mlx-lm needs a hard limit of at least {OPEN_FILES:,} open files; raise it (ulimit -Hn shows it)"
+        code = 2
     elif _is_out_of_memory(error):
         line, code = f"error: out of memory{_detail(error)}; use fewer --slots or a smaller --memory", 2
     else:
@@ -61,6 +65,11 @@ def _fail(line: str, code: int, debug: bool) -> int:
     with suppress(OSError):  # stderr itself may be what cannot be written
         print(line, file=sys.stderr, flush=True)
     return code
+
+
+def _is_open_files_limit(error: Exception) -> bool:
+    # mlx-lm calls setrlimit when it is imported, without a look at what is allowed.
+    return isinstance(error, ValueError) and str(error) == "not allowed to raise maximum limit"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
