@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import UsageError
@@ -166,10 +166,14 @@ class Conversation:
             self._settle(fed, at_rest)
 
     def _keep(self, n: int) -> int:
-        """Trim the KV cache to its first `n` tokens, or empty it if it cannot be trimmed; returns what is left."""
-        if n == len(self.tokens):
+        """Trim the KV cache to its first `n` tokens, or empty it if it cannot be trimmed; returns what is left.
+
+        What a longer conversation has quantised is of no use to one that is still too short for it.
+        """
+        is_quantised_early = n < self.kv.quantized_start and _is_quantised(self.kv_cache)
+        if n == len(self.tokens) and not is_quantised_early:
             return n
-        if n == 0 or not _can_trim(self.kv_cache):
+        if n == 0 or is_quantised_early or not _can_trim(self.kv_cache):
             self.clear()
             return 0
         for c in self.kv_cache:
@@ -225,6 +229,10 @@ def _parts(cache: Any) -> Sequence[Any]:
 def _lengths(cache: Any) -> list[int]:
     """Tokens in each part of a layer's cache that counts them; state-space layers do not."""
     return [int(p.offset) for p in _parts(cache) if hasattr(p, "offset")]
+
+
+def _is_quantised(caches: Sequence[Any]) -> bool:
+    return any(isinstance(p, QuantizedKVCache) for c in caches for p in _parts(c))
 
 
 def _can_trim(caches: Sequence[Any]) -> bool:

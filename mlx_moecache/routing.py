@@ -58,8 +58,11 @@ def default_top_j(k: int) -> int:
 
 
 def default_strength(slots: int, experts: int) -> float:
-    """0.1 while at least a third of the experts fit, less below: with few slots quality falls off a cliff."""
-    return DEFAULT_STRENGTH * min(1.0, 3 * slots / experts)
+    """0.1 while at least a third of the experts fit, less below: with few slots quality falls off a cliff.
+
+    In four digits, as people read and type it.
+    """
+    return float(f"{DEFAULT_STRENGTH * min(1.0, 3 * slots / experts):.4g}")
 
 
 def parse_routing(

@@ -1,4 +1,4 @@
-"""The chat command without a terminal, and its parts: history, reasoning marks, known texts, the line after a reply."""
+"""The chat command without a terminal, and its parts: history, reasoning marks, the line after a reply."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from mlx_moecache.console import chat_loop
 from mlx_moecache.console.chat_loop import Console, completions, converse
 from mlx_moecache.console.chat_report import fitted, turn_line
 from mlx_moecache.console.chat_session import ChatSession, ReplySettings, Turn
-from mlx_moecache.console.chat_text import KnownTexts
 from mlx_moecache.console.emulated_run import EmulatedRun
 from mlx_moecache.console.interrupt import Interrupt
 from mlx_moecache.console.line_editor import Entry, LineEditor
@@ -329,26 +328,7 @@ def test_exact_means_the_whole_conversation() -> None:
     assert not turn_line(t, 120)[0].endswith("exact")
 
 
-# ---- known texts, reasoning, history, entries ----
-
-
-class Bytes:
-    """One token per character."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return [1000] * add_special_tokens + [ord(c) for c in text]
-
-
-def test_known_beginnings_keep_their_tokens() -> None:
-    known = KnownTexts()
-    assert known.encode("ab", Bytes(), add_special_tokens=True) == [1000, 97, 98]
-    known.add("ab", [7])
-    known.add("abc", [7, 8])
-    assert known.encode("abcd", Bytes(), add_special_tokens=True) == [7, 8, 100]
-    assert known.encode("abd", Bytes(), add_special_tokens=True) == [7, 100]
-    assert known.encode("ab", Bytes(), add_special_tokens=True) == [7]
-    known.add("x", [9])
-    assert known.encode("ab", Bytes(), add_special_tokens=False) == [97, 98], "of another past"
+# ---- reasoning, history, entries ----
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])

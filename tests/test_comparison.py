@@ -268,6 +268,18 @@ def test_a_kv_cache_that_does_not_fit_twice_into_the_budget_is_not_copied() -> N
     compare(unlimited, Interrupt())
 
 
+def test_answers_without_a_limit_may_be_as_long_as_the_context() -> None:
+    session = open_session(demo_model(), memory="20MB", max_context=600, max_tokens=20)
+    say(session, " ".join([STORY] * 28))
+    assert 256 < len(session.conversation.tokens) < 320
+    before = fingerprint(session)
+    for most in (580, -1):
+        session.settings.max_tokens = most
+        with pytest.raises(UsageError, match=r"twice, which takes .* are reserved for it"):
+            compare(session, Interrupt())
+    assert fingerprint(session) == before
+
+
 # ---- the command ----
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from faulty_reads import after_each_read
+from mlx_lm.models.cache import QuantizedKVCache
 from tiny_models import Shelf, random_tokens
 
 from mlx_moecache.conversation import ContextFullError, Conversation
@@ -233,6 +234,21 @@ def test_rotating_and_quantised_caches(shelf: Shelf) -> None:
         assert c.reused == held
         answer(c, PROMPT[:20] + MORE)
         assert c.reused == (0 if kv.max_size else 20)  # what has rotated is gone
+
+
+def test_a_short_conversation_is_not_answered_from_what_a_long_one_has_quantised(shelf: Shelf) -> None:
+    kv = KVOptions(bits=2, group_size=32, quantized_start=60)
+    c = make(shelf, kv=kv)
+    first = answer(c, PROMPT)
+    answer(c, [*PROMPT, *MORE, *PROMPT])
+    assert any(isinstance(x, QuantizedKVCache) for x in c.kv_cache)
+    assert answer(c, PROMPT) == first == fresh(c, PROMPT) and c.reused == 0
+    assert not any(isinstance(x, QuantizedKVCache) for x in c.kv_cache)
+    # A long one that goes on keeps what it has.
+    long = [*PROMPT, *MORE, *PROMPT]
+    answer(c, long)
+    answer(c, [*long[:70], *MORE])
+    assert c.reused == 70
 
 
 def test_a_reply_that_nobody_began_changes_nothing(shelf: Shelf) -> None:

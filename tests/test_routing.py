@@ -246,6 +246,10 @@ class TestNamingAStrategy:
     def test_the_default_strength_falls_below_a_third_of_the_experts(self, slots: int, strength: float) -> None:
         assert default_strength(slots, 60) == pytest.approx(strength)
 
+    def test_the_default_strength_is_a_number_that_people_would_write(self) -> None:
+        assert default_strength(11, 60) == 0.055
+        assert default_strength(1, 7) == 0.04286 and default_strength(1, 20_000) == 1.5e-05
+
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("k", [1, 2, 4, 8])
     def test_every_name_has_defaults_for_every_model_and_its_spec_names_it_again(self, name: str, k: int) -> None:

@@ -43,7 +43,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) for c in text]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], **options: Any) -> str:
         return "".join(map(chr, tokens))
 
     def tool_parser(self, text: str, tools: list[Any]) -> Any:

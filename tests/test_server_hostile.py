@@ -141,6 +141,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("logit_bias", {"²": 1}, "token ids"),
     ("logit_bias", {"1": "x"}, "from -100 to 100"),
     ("logit_bias", {"1": 101}, "from -100 to 100"),
+    ("logit_bias", {"1": 10**400}, "logit_bias must have token ids from 0 to 999 with numbers from -100 to 100"),
+    ("logit_bias", {"1": True}, "from -100 to 100"),
     ("logit_bias", {str(i): 1 for i in range(1025)}, "1024 entries"),
     ("logit_bias", [], "must be an object"),
     ("presence_penalty", 3, "from -2 to 2"),
@@ -217,6 +219,22 @@ def test_a_content_length_that_is_wrong_or_too_large_is_refused_without_reading(
     answer = raw(server.port, post_bytes(b"{}", length=length))
     assert status(answer) == code
     assert one_error(answer)
+
+
+def test_a_target_may_name_the_server_as_proxies_write_it(server: SimpleNamespace) -> None:
+    def get(target: str, host: str = "localhost") -> bytes:
+        head = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        return raw(server.port, head.encode())
+
+    assert status(get("http://127.0.0.1:8171/health")) == 200
+    assert status(get("HTTP://localhost/health?x=http://y/z")) == 200
+    assert get("http://localhost").partition(b"\r\n\r\n")[2] == get("/").partition(b"\r\n\r\n")[2]
+    assert status(get("http://localhost/nothing")) == 404
+    # The name in the target counts, not the one in Host.
+    assert status(get("http://localhost/health", host="elsewhere.example")) == 200
+    for named in ("elsewhere.example", "", "me@localhost"):
+        assert status(get(f"http://{named}/health")) == 403
+    assert status(get("/http://localhost/health")) == 404
 
 
 def test_two_content_lengths_are_refused(server: SimpleNamespace) -> None:

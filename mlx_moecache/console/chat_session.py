@@ -114,6 +114,7 @@ class ChatSession:
         """Forget all messages and the KV cache; settings and system prompt stay."""
         self.messages.clear()
         self.conversation.clear()
+        self._known = KnownTexts()
         self.last_stats = None
 
     def reply(
@@ -244,7 +245,7 @@ class ChatSession:
         return reply
 
     def _record(self, reply: Reply, prompt_text: str, prompt: list[int], tokens: list[int]) -> None:
-        self._known.add(prompt_text, prompt)
         if reply.generated_tokens:
             self.messages.append({"role": "assistant", "content": reply.text})
-            self._known.add(prompt_text + reply.text, prompt + tokens)
+            if self.has_template:  # else a reply may have begun in the middle of a word
+                self._known.add(prompt_text + reply.text, prompt + tokens)

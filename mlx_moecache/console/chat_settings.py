@@ -34,7 +34,7 @@ class Sampling:
 
 SAMPLING: dict[str, Sampling] = {
     "temp": Sampling(number(0), "temperature; 0 takes the likeliest token"),
-    "top-p": Sampling(number(0, 1), "share of the likeliest tokens to sample from; 1: all"),
+    "top-p": Sampling(number(0, 1), "share of the likeliest tokens to sample from; 1: all, 0: the likeliest only"),
     "top-k": Sampling(whole(0), "number of likeliest tokens to sample from; 0: all"),
     "min-p": Sampling(number(0, 1), "drops tokens less likely than this share of the likeliest; 0: none"),
     "max-tokens": Sampling(whole(1, also=-1), "of a reply; -1: what the context has room for"),

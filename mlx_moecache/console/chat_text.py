@@ -27,25 +27,33 @@ def render(messages: Sequence[Message], system: str | None, tokenizer: Any, *, u
 
 
 class KnownTexts:
-    """Token ids of texts that were a prompt, or a prompt and its reply.
+    """Token ids of prompts with the replies that the model gave to them.
 
     A reply is made of the tokens that the model chose, which are not always those that its text would be cut into. A
     later prompt that begins with the same text has to begin with the same tokens, or the KV cache would be of no use.
+
+    What holds: from a reply's end on, and in prompts, all tokens are those that the tokenizer gives for the whole text,
+    whatever was asked before. Those of a reply are the ones that the model chose, if an added token, such as that of an
+    end of turn, follows it: there text is cut whatever comes before, anywhere else a word may go on. Without such a
+    token the whole text is cut anew, and the KV cache is of use as far as the tokens are the same.
     """
 
     def __init__(self) -> None:
         self._known: list[tuple[str, list[int]]] = []
 
     def add(self, text: str, tokens: Sequence[int]) -> None:
+        """Know `text`, which ends with a reply. `tokens`: those that `encode` gave for its prompt, and the reply's."""
         # What is no beginning of the latest text belongs to a past that was cleared or answered again.
         self._known = [x for x in self._known if text.startswith(x[0]) and x[0] != text]
         self._known.append((text, list(tokens)))
 
     def encode(self, text: str, tokenizer: Any, *, add_special_tokens: bool) -> list[int]:
-        """The tokens of `text`; of the longest known beginning, those that it has already."""
-        beginnings = [x for x in self._known if text.startswith(x[0])]
-        if not beginnings:
-            return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        known, tokens = max(beginnings, key=lambda x: len(x[0]))
-        rest = text[len(known) :]
-        return [*tokens, *tokenizer.encode(rest, add_special_tokens=False)] if rest else list(tokens)
+        """The tokens of `text`, in which known replies keep their own."""
+        whole = list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        for known, tokens in sorted(self._known, key=lambda x: -len(x[0])):
+            if not text.startswith(known):
+                continue
+            rest = list(tokenizer.encode(text[len(known) :], add_special_tokens=False))
+            if rest and rest[0] in getattr(tokenizer, "added_tokens_decoder", ()) and whole[-len(rest) :] == rest:
+                return [*tokens, *rest]
+        return whole

@@ -170,7 +170,8 @@ def _check_memory(session: ChatSession, prompt: int) -> None:
     held = sum(int(c.nbytes) for c in conversation.kv_cache)
     if plan.budget is None or not conversation.tokens:
         return
-    longest = min(prompt + session.settings.max_tokens, conversation.max_context)
+    most = session.settings.max_tokens
+    longest = conversation.max_context if most == -1 else min(prompt + most, conversation.max_context)
     step = held // -(-len(conversation.tokens) // KV_STEP)
     needed = held + -(-longest // KV_STEP) * step
     elastic = session.model.elastic_slots

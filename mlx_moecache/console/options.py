@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UsageError
@@ -16,6 +15,7 @@ from ..footprint import KVOptions, kv_cache_bytes
 from ..generation import Sampler
 from ..loading import CacheOptions, budget_here
 from ..routing import parse_routing
+from ..sampling import sampler_for
 from .emulation import emulation_of
 
 
@@ -78,17 +78,16 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
 
 
 def sampler_of(args: argparse.Namespace, tokenizer: TokenizerWrapper, vocabulary: int | None) -> Sampler:
-    """mlx-lm's sampler. Raises UsageError for a --top-k beyond the vocabulary."""
+    """What `sampler_for` makes of the flags. Raises UsageError for a --top-k beyond the vocabulary."""
     if vocabulary is not None and args.top_k >= vocabulary:
         raise UsageError(f"--top-k must be below this model's {vocabulary} tokens, not {args.top_k}; 0 means all")
-    sampler: Sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
+    return sampler_for(
+        tokenizer,
+        temperature=args.temp,
+        top_p=args.top_p,
         top_k=args.top_k,
+        min_p=args.min_p,
+        min_tokens_to_keep=args.min_tokens_to_keep,
         xtc_probability=args.xtc_probability,
         xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    return sampler

@@ -6,14 +6,16 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import make_logits_processors
 
 from ..console.usage import memory_use
+from ..sampling import sampler_for
+from .continuation import Continuation
 from .engine_state import EngineState
 from .events import Delta, Event, Finished, Likelihood, Timings, TokenLogprob, ToolCall
 from .prompts import Prompts
@@ -31,6 +33,7 @@ class _Reply:
     """A reply while it is made."""
 
     text: ReplyText
+    continuation: Continuation | None  # of a completion; a chat's reply stands alone
     tokens: list[int] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # as the model wrote it, marks included
     tool_text: list[str] = field(default_factory=list)
@@ -79,7 +82,10 @@ class Engine:
         marks = self._marks if request.kind == "chat" else Marks()
         if not request.tools:
             marks = Marks(marks.reasoning)
-        reply = _Reply(ReplyText(marks, request.stop, in_reasoning=in_reasoning))
+        reply = _Reply(
+            ReplyText(marks, request.stop, in_reasoning=in_reasoning),
+            Continuation(self._tokenizer, prompt.tokens) if request.kind == "text" else None,
+        )
 
         def progress(done: int, total: int) -> None:
             watch()
@@ -170,11 +176,15 @@ class Engine:
         is_end = response.token in self._tokenizer.eos_token_ids
         if not is_end:
             reply.tokens.append(response.token)
-        reply.written.append(response.text)
+        text, behind = response.text, reply.continuation
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.top_logprobs is not None and not is_end:
-            logprobs = (self._likelihoods(response, request.top_logprobs),)
-        delta = self._delta(request, reply, reply.text.feed(response.text), logprobs)
+            logprobs = (self._likelihoods(response, request.top_logprobs, behind.shown if behind else self._alone),)
+        if behind is not None:
+            text = behind.add(None if is_end else response.token, text, is_last=response.finish_reason is not None)
+            logprobs = tuple(replace(x, width=behind.width) for x in logprobs)
+        reply.written.append(text)
+        delta = self._delta(request, reply, reply.text.feed(text), logprobs)
         if delta != Delta():
             yield delta
 
@@ -210,7 +220,11 @@ class Engine:
         except Exception:  # one parser per family of models, each of which fails in its own way on what is no call
             return []
 
-    def _likelihoods(self, response: Response, top: int) -> TokenLogprob:
+    def _alone(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token])
+        return text
+
+    def _likelihoods(self, response: Response, top: int, shown: Callable[[int], str]) -> TokenLogprob:
         # response.logprobs is [V]; bfloat16 has no NumPy type.
         logprobs = np.array(response.logprobs.astype(mx.float32))
         best: list[int] = []
@@ -219,23 +233,21 @@ class Engine:
             best.sort(key=lambda t: -logprobs[t])
 
         def likelihood(token: int) -> Likelihood:
-            return Likelihood(self._tokenizer.decode([token]), max(float(logprobs[token]), -9999.0))
+            return Likelihood(shown(token), max(float(logprobs[token]), -9999.0))
 
         return TokenLogprob(likelihood(response.token), tuple(likelihood(t) for t in best))
 
     def _sampler(self, s: Sampling) -> Sampler:
-        t = self._tokenizer
-        sampler: Sampler = make_sampler(
-            s.temperature,
-            s.top_p,
-            s.min_p,
-            s.min_tokens_to_keep,
+        return sampler_for(
+            self._tokenizer,
+            temperature=s.temperature,
+            top_p=s.top_p,
             top_k=s.top_k,
+            min_p=s.min_p,
+            min_tokens_to_keep=s.min_tokens_to_keep,
             xtc_probability=s.xtc_probability,
             xtc_threshold=s.xtc_threshold,
-            xtc_special_tokens=t.encode("\n") + list(t.eos_token_ids) if s.xtc_probability else [],
         )
-        return sampler
 
     def _account(self, reply: _Reply, prompt_tokens: int, prompt_seconds: float, decode_seconds: float) -> None:
         n = 0 if reply.last is None else reply.last.generation_tokens

@@ -20,6 +20,7 @@ class Likelihood:
 class TokenLogprob:
     chosen: Likelihood
     top: tuple[Likelihood, ...] = ()  # the likeliest first
+    width: int | None = None  # characters that it adds to a completion; None: those of its text
 
 
 @dataclass(frozen=True)

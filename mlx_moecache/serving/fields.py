@@ -105,7 +105,10 @@ class Fields:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True for what JSON has as a finite number; a whole one may be too large for a float."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _wrong(name: str, allowed: str, value: object) -> NoReturn:

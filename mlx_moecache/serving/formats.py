@@ -39,7 +39,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _calls: int = 0  # tool calls so far
-    _offset: int = 0  # characters of content so far
+    _offset: int = 0  # characters that the tokens with log-probabilities made so far, also those held back
 
     def first_chunk(self) -> dict[str, Any] | None:
         """What begins a stream: the role, in a chat."""
@@ -49,7 +49,7 @@ class Reply:
         """What one token added."""
         if self.kind == "text":
             logprobs = text_logprobs(delta.logprobs, self._offset) if delta.logprobs else None
-            self._offset += len(delta.content)
+            self._offset += sum(map(_width, delta.logprobs))
             return self._chunk(delta.content, logprobs, None)
         made: dict[str, Any] = {}
         if delta.content:
@@ -148,7 +148,7 @@ def text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]
     offsets = []
     for x in tokens:
         offsets.append(offset)
-        offset += len(x.chosen.token)
+        offset += _width(x)
     return {
         "tokens": [x.chosen.token for x in tokens],
         "token_logprobs": [x.chosen.logprob for x in tokens],
@@ -169,6 +169,10 @@ def one_model(model: str, created: int, max_context: int) -> dict[str, Any]:
         "owned_by": "mlx_moecache",
         "max_context": max_context,
     }
+
+
+def _width(token: TokenLogprob) -> int:
+    return len(token.chosen.token) if token.width is None else token.width
 
 
 def _phase(stats: PhaseStats) -> dict[str, Any]:

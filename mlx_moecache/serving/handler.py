@@ -13,7 +13,7 @@ from .api_errors import RequestError, as_request_error, shown
 from .connection import body_length, is_gone, read_body
 from .events import Delta, Event, Failed, Finished
 from .fields import parse_json
-from .json_handler import ClientGone, JsonHandler, path_of
+from .json_handler import ClientGone, JsonHandler, authority_of, path_of
 from .metrics import CONTENT_TYPE, exposition
 from .page import page
 from .requests import Kind, parse_request
@@ -36,7 +36,8 @@ class Handler(JsonHandler):
             hosts = self.headers.get_all("Host") or []
             if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
                 raise RequestError(400, "a request needs one Host header")
-            host = hosts[0] if hosts else None
+            named = authority_of(self.path)
+            host = named if named is not None else hosts[0] if hosts else None
             self.app.access.check_host(host)
             self.app.access.check_origin(self.headers.get("Origin"), host)
             self._route(path)

@@ -184,4 +184,19 @@ class JsonHandler(BaseHTTPRequestHandler):
 
 
 def path_of(target: str) -> str:
-    return target.partition("?")[0].partition("#")[0]
+    """The path that a request asks for, without its query."""
+    return _split(target)[1]
+
+
+def authority_of(target: str) -> str | None:
+    """The host that a target in absolute form names, as proxies write it; it then counts instead of the Host header."""
+    return _split(target)[0]
+
+
+def _split(target: str) -> tuple[str | None, str]:
+    target = target.partition("?")[0].partition("#")[0]
+    scheme, mark, rest = target.partition("://")
+    if not mark or scheme.lower() not in ("http", "https"):
+        return None, target
+    authority, _, path = rest.partition("/")
+    return authority, f"/{path}"

@@ -15,11 +15,15 @@ from .requests import Request
 class Prompt:
     text: str | None  # None: the request gave token ids
     tokens: list[int]
+    is_templated: bool  # made by a chat template
 
 
 @dataclass
 class Prompts:
-    """Encodes requests; a conversation that goes on keeps the tokens that its beginning was made of."""
+    """Encodes requests; in a chat that goes on replies keep the tokens that they were made of (`KnownTexts`).
+
+    Other prompts are always cut anew: without a template a reply may have begun in the middle of one of their words.
+    """
 
     tokenizer: Any
     template_options: dict[str, Any] = field(default_factory=dict)
@@ -33,19 +37,16 @@ class Prompts:
             tokens = self._known.encode(text, self.tokenizer, add_special_tokens=not self.tokenizer.has_chat_template)
         elif isinstance(request.prompt, str):
             text, bos = request.prompt, self.tokenizer.bos_token
-            tokens = self._known.encode(
-                text, self.tokenizer, add_special_tokens=bos is None or not text.startswith(bos)
-            )
+            tokens = list(self.tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos)))
         else:
             tokens = list(request.prompt)
         if not tokens:
             raise bad("the prompt is empty: it has no tokens for this model", "prompt")
-        return Prompt(text, tokens)
+        return Prompt(text, tokens, request.kind == "chat" and self.tokenizer.has_chat_template)
 
     def remember(self, prompt: Prompt, reply: str, tokens: list[int]) -> None:
-        """`reply`, made of `tokens`, followed `prompt`: a later request that begins so can use the KV cache."""
-        if prompt.text is not None:
-            self._known.add(prompt.text, prompt.tokens)
+        """`reply`, made of `tokens`, followed `prompt`: a later chat that begins so can use the KV cache."""
+        if prompt.is_templated and prompt.text is not None:
             self._known.add(prompt.text + reply, prompt.tokens + tokens)
 
     def _render(self, request: Request) -> str:
