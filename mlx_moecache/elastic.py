@@ -114,10 +114,24 @@ class ElasticSlots:
     beside: int = 0  # tokens of room in another KV cache, which is kept meanwhile
 
     def __post_init__(self) -> None:
-        self._plan = self.stages[0].prefill  # what the model was loaded with
-        self._slots = tuple(self._plan.slots_per_layer)
+        self._last: tuple[int, Phase] = (0, "prefill")  # context and phase
+        self._adopt(self.plan_in(self.stages))  # what the model was loaded with
         self._share = self.governor.share
         self._next_poll = self.clock()
+
+    def plan_in(self, stages: Sequence[Stage]) -> MemoryPlan:
+        """The plan that `stages` have for the context of the last `adjust`."""
+        context, phase = self._last
+        return next((s for s in stages if s.context >= context), stages[-1]).plan(phase)
+
+    def replan(self, stages: Sequence[Stage]) -> None:
+        """From now on keep to `stages`, as of another budget; the model has just got the slots of `plan_in(stages)`."""
+        self.stages = stages
+        self._adopt(self.plan_in(stages))
+        self._share = 1.0  # pressure that lasts takes its part at the next `adjust`
+
+    def _adopt(self, plan: MemoryPlan) -> None:
+        self._plan, self._slots = plan, tuple(plan.slots_per_layer)
 
     def adjust(self, context: int, phase: Phase, settle: Callable[[], None] = lambda: None) -> None:
         """Make room for a KV cache of `context` tokens; call it before the forward pass that makes it so long.
@@ -130,7 +144,8 @@ class ElasticSlots:
         if now >= self._next_poll:
             self.governor.poll(self.source.level())
             self._next_poll = now + POLL_SECONDS
-        plan, share = self._plan_for(context + self.beside, phase), self.governor.share
+        self._last = context + self.beside, phase
+        plan, share = self.plan_in(self.stages), self.governor.share
         if plan is self._plan and share == self._share:
             return
         slots = granted(plan.slots_per_layer, self.least, share)
@@ -152,9 +167,6 @@ class ElasticSlots:
     def counts(self) -> dict[str, int]:
         """How many resizes there were, by reason."""
         return dict(Counter(r.reason for r in self.resizes))
-
-    def _plan_for(self, context: int, phase: Phase) -> MemoryPlan:
-        return next((s for s in self.stages if s.context >= context), self.stages[-1]).plan(phase)
 
     def _is_small_growth(self, slots: Sequence[int]) -> bool:
         grows = all(new >= old for new, old in zip(slots, self._slots, strict=True))

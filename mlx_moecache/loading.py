@@ -39,6 +39,7 @@ from .routing import Original, Strategy, parse_routing
 from .span import SpanChooser
 
 LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"  # what transformers calls it
+LONGEST_CONTEXT = 2**30  # tokens
 DEFAULT_MAX_CONTEXT = 4096  # tokens of KV cache that are reserved where the need is not known
 
 
@@ -134,9 +135,7 @@ class OpenedModel:
         if options.elastic:
             return self.stages(options, host_buffers=host_buffers)[0].prefill
         self._check(options)
-        budget = (
-            None if options.slots is not None else budget_here("auto" if options.memory is None else options.memory)
-        )
+        budget = None if options.slots is not None else _budget(options)
         need = self._estimate(options, options.max_context)
         return self._plan(options, options.max_context, need, host_buffers=host_buffers, budget=budget)
 
@@ -145,22 +144,32 @@ class OpenedModel:
 
         Raises BudgetError if the last one does not fit, UsageError without a budget.
         """
+        return self._stager(options, host_buffers)(_budget(options))
+
+    def _stager(self, options: MemoryOptions, host_buffers: int) -> Callable[[int], list[Stage]]:
+        """Budget -> stages, also when the model has been loaded and can be asked for no shapes any more."""
         self._check(options)
         if options.slots is not None:
             raise UsageError("elastic slots need a memory budget to stay within, not a number of slots; give memory")
-        budget = budget_here("auto" if options.memory is None else options.memory)
         first = min(options.max_context, options.max_prompt or footprint.KV_STEP)
         contexts = stage_contexts(first, options.max_context, footprint.KV_STEP)
         # Caches other than plain ones may keep more of a long chunk than of single tokens.
         plain = all(type(c) is KVCache for c in make_prompt_cache(self.model, max_kv_size=options.kv.max_size))
-        found = []
-        for context in reversed(contexts):  # the longest first: if any does not fit, it is that one
-            need = self._estimate(options, context)
-            prefill = self._plan(options, context, need, host_buffers=host_buffers, budget=budget)
-            single = replace(options, prefill_step_size=1)
-            decode = self._plan(single, context, need, host_buffers=host_buffers, budget=budget) if plain else prefill
-            found.append(Stage(context, prefill, decode))
-        return found[::-1]
+        needs = {context: self._estimate(options, context) for context in contexts}
+
+        def stages(budget: int) -> list[Stage]:
+            found = []
+            for context in reversed(contexts):  # the longest first: if any does not fit, it is that one
+
+                def plan(o: MemoryOptions, context: int = context) -> MemoryPlan:
+                    return self._plan(o, context, needs[context], host_buffers=host_buffers, budget=budget)
+
+                prefill = plan(options)
+                decode = plan(replace(options, prefill_step_size=1)) if plain else prefill
+                found.append(Stage(context, prefill, decode))
+            return found[::-1]
+
+        return stages
 
     @property
     def _buffers(self) -> int:
@@ -170,8 +179,11 @@ class OpenedModel:
     def _check(self, options: MemoryOptions) -> None:
         if options.memory is not None and options.slots is not None:
             raise UsageError("give either memory or slots, not both: slots say how much memory the experts take")
-        if options.max_context < 1:
-            raise UsageError(f"max context must be at least 1 token, not {options.max_context}")
+        if not 1 <= options.max_context <= LONGEST_CONTEXT:
+            raise UsageError(
+                f"max context must be from 1 to {LONGEST_CONTEXT:,} tokens, not {options.max_context:,}; no model's "
+                "memory reaches further"
+            )
 
     def _estimate(self, options: MemoryOptions, context: int) -> tuple[int, ForwardShape]:
         return footprint.estimate(
@@ -215,7 +227,8 @@ class OpenedModel:
         """
         reader = ExpertReader(self.index.shards, threads=cache.threads, direct_io=cache.direct_io, flash=cache.flash)
         try:
-            stages = self.stages(memory, host_buffers=reader.host_buffer_bytes) if memory.elastic else []
+            stager = self._stager(memory, reader.host_buffer_bytes) if memory.elastic else None
+            stages = stager(_budget(memory)) if stager is not None else []
             plan = stages[0].prefill if stages else self.plan(memory, host_buffers=reader.host_buffer_bytes)
             strategy = self._strategy(cache.routing, cache.strength, cache.top_j, plan.slots_per_layer)
             self._refuse_unreachable(strategy, {b.path: NO_SEAM for b in self.blocks if b.seam is None})
@@ -256,7 +269,9 @@ class OpenedModel:
             expert_cache.look_ahead = LookAhead(layers, reader, self.guessers, buffers=self._buffers)
         self.model.expert_cache = expert_cache
         self.model.memory_plan = plan
-        self.model.elastic_slots = self._elastic_slots(stages, expert_cache) if stages else None
+        self.model.elastic_slots = None
+        if stager is not None:
+            self._make_elastic(stages, stager, expert_cache)
         return self.model
 
     def _strategy(
@@ -283,13 +298,25 @@ class OpenedModel:
 
         return choose
 
-    def _elastic_slots(self, stages: Sequence[Stage], cache: ExpertCache) -> ElasticSlots:
+    def _make_elastic(self, stages: Sequence[Stage], stager: Callable[[int], list[Stage]], cache: ExpertCache) -> None:
         def apply(plan: MemoryPlan, slots: Sequence[int]) -> None:
             if list(slots) != cache.slots_per_layer:
                 cache.resize(slots=slots)
             self.model.memory_plan = plan
 
-        return ElasticSlots(stages, [b.k for b in self.blocks], apply, system_pressure())
+        elastic = ElasticSlots(stages, [b.k for b in self.blocks], apply, system_pressure())
+        planned: list[Stage] = []
+
+        def plan_slots(memory: str | int) -> MemoryPlan:
+            planned[:] = stager(budget_here(memory, held=self.resident + cache.nbytes))
+            return elastic.plan_in(planned)
+
+        def adopt_plan(plan: MemoryPlan) -> None:
+            elastic.replan(tuple(planned))
+            self.model.memory_plan = plan
+
+        cache.plan_slots, cache.adopt_plan = plan_slots, adopt_plan
+        self.model.elastic_slots = elastic
 
     def _refuse_gpu_formats(self) -> None:
         """MLX's CPU backend multiplies unquantised experts in float32 only; it would fail at the first token.
@@ -377,6 +404,10 @@ def load(
         CacheOptions(routing=routing, strength=strength, top_j=top_j, eviction=eviction, direct_io=direct_io),
     )
     return model, tokenizer
+
+
+def _budget(options: MemoryOptions) -> int:
+    return budget_here("auto" if options.memory is None else options.memory)
 
 
 def budget_here(memory: str | int, *, held: int = 0) -> int:

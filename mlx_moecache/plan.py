@@ -27,6 +27,7 @@ from .errors import BudgetError, MoeCacheError, UsageError
 if TYPE_CHECKING:
     from .console.plan_report import Expectation, Machine, Plan
     from .loading import OpenedModel
+    from .study.trace import Trace
 
 RUNS, DOES_NOT_RUN = 0, 1
 ROUTINGS = ("original", "cache-prior")
@@ -211,17 +212,30 @@ def _expectations(
 
     shapes = opened.layer_shapes
     share = sum(slots) / sum(x.num_experts for x in shapes)
-    if trace is None or share == 1:
+    recorded = None if trace is None else _recorded(trace, opened, status)
+    if recorded is None or share == 1:
         ranges = {routing: expected_hits(share, cache_prior=routing == "cache-prior") for routing in ROUTINGS}
         return tuple(
             Expectation.from_hits(routing, (r.low, r.high), [(x.k, x.bytes_per_expert) for x in shapes])
             for routing, r in ranges.items()
         )
     from .study.simulation import settings, simulate
+
+    status.show("replaying the trace ...")
+    replayed: list[Expectation] = []
+    for routing in ROUTINGS:
+        chosen = settings(recorded, [routing], ["lru"], [min(slots)])
+        with suppress(UsageError):  # cache-prior ranks again, for which the trace may lack scores
+            replayed += [Expectation.from_replay(r) for r in simulate(recorded, chosen)]
+    return tuple(replayed)
+
+
+def _recorded(trace: Path, opened: OpenedModel, status: StatusLine) -> Trace:
+    """The trace, which is one of this model with tokens of decode. Raises UsageError."""
     from .study.trace import read_trace
 
     status.show("reading the trace ...")
-    recorded = read_trace(trace)
+    recorded, shapes = read_trace(trace), opened.layer_shapes
     found = [(x.shape.experts, x.shape.k) for x in recorded.layers]
     if found != [(x.num_experts, x.k) for x in shapes]:
         raise UsageError(
@@ -230,13 +244,7 @@ def _expectations(
         )
     if not any(bool(x.decode.any()) for x in recorded.layers):
         raise UsageError(f"the trace {trace} holds no decoded token; record one with mlx_moecache generate --trace")
-    status.show("replaying the trace ...")
-    replayed: list[Expectation] = []
-    for routing in ROUTINGS:
-        chosen = settings(recorded, [routing], ["lru"], [min(slots)])
-        with suppress(UsageError):  # cache-prior ranks again, for which the trace may lack scores
-            replayed += [Expectation.from_replay(r) for r in simulate(recorded, chosen)]
-    return tuple(replayed)
+    return recorded
 
 
 if __name__ == "__main__":

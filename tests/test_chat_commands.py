@@ -478,7 +478,7 @@ def test_a_save_that_fails_leaves_what_was_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(chat_files.os, "fsync", full)
-        assert "No space left" in refused(f"/save {file}", session)
+        assert f"No space left on device: '{file}'" in refused(f"/save {file}", session)
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 

@@ -43,6 +43,16 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == mlx_moecache.__version__
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="shells close streams in this way on POSIX systems")
+def test_closed_standard_streams_do_not_matter() -> None:
+    command = [sys.executable, "-m", "mlx_moecache", "info", "demo"]
+    want = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, want.stdout, want.stderr)
+
+
 @pytest.mark.parametrize(
     ("argv", "part"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -272,6 +272,31 @@ class Unsteady:
 
 
 class TestReplies:
+    def test_another_budget_holds_for_the_replies_that_follow(self, made: Path, opened: OpenedModel) -> None:
+        tokenizer, exact = opened.tokenizer(), CacheOptions(routing="original")
+        options = MemoryOptions(memory=24_000_000, max_context=350, max_prompt=20, elastic=True)
+        mx.clear_cache()
+        others = mx.get_active_memory()
+        model = opened.load(options, exact)
+        cache, elastic = model.expert_cache, model.elastic_slots
+        first = reply(model, tokenizer, prompt=20, tokens=100)
+        before, largest = cache.slots_per_layer, elastic.stages[-1].decode.total
+        with pytest.raises(BudgetError):
+            cache.resize(memory="1MB")
+        assert (cache.slots_per_layer, elastic.stages[-1].decode.total) == (before, largest)
+        smaller = OpenedModel(made).stages(replace(options, memory=19_000_000))
+        cache.resize(memory="19MB")
+        mx.reset_peak_memory()
+        assert model.memory_plan.budget == 19_000_000
+        assert reply(model, tokenizer, prompt=20, tokens=100) == first
+        assert model.memory_plan.budget == 19_000_000
+        assert [s.decode.slots_per_layer for s in elastic.stages] == [s.decode.slots_per_layer for s in smaller]
+        assert cache.slots_per_layer == list(smaller[0].decode.slots_per_layer)
+        assert mx.get_peak_memory() - others + cache.reader.host_buffer_bytes <= 19_000_000
+        assert sum(cache.slots_per_layer) < sum(before)
+        cache.resize(memory="24MB")
+        assert cache.slots_per_layer == before
+
     def test_they_are_the_same_while_slots_move_in_every_way(self, made: Path, opened: OpenedModel) -> None:
         tokenizer = opened.tokenizer()
         exact = CacheOptions(routing="original")

@@ -204,6 +204,34 @@ class TestInterrupted:
         trace = read_trace(path)
         assert trace.layers[0].tokens == 1 and trace.note is not None and f"last {2 * frame:,} bytes" in trace.note
 
+    @pytest.mark.parametrize("damage", ["a byte", "another trace"])
+    def test_a_damaged_file_is_not_continued_as_what_follows_would_be_lost(self, tmp_path: Path, damage: str) -> None:
+        path = tmp_path / "t"
+        write_calls(path, [(0, "decode", 1)] * 3)
+        data = bytearray(path.read_bytes())
+        frame = 14 + 4 * E + 4 * K
+        lost = 2 * frame if damage == "a byte" else len(data)
+        if damage == "a byte":
+            data[-frame - 20] ^= 1
+        else:
+            data = data + data
+        path.write_bytes(data)
+        at = len(data) - lost
+        note = read_trace(path).note
+        assert note is not None and note.endswith(f"the file is damaged at byte {at:,}")
+        with pytest.raises(UsageError, match=f"damaged at byte {at:,}; going on there would lose the {lost:,} bytes"):
+            write_calls(path, [(0, "decode", 1)])
+        assert path.read_bytes() == data
+
+    def test_a_full_disk_is_said_to_be_that_of_the_trace(self, tmp_path: Path) -> None:
+        if not Path("/dev/full").exists():
+            pytest.skip("/dev/full is a Linux device")
+        path = tmp_path / "t"
+        path.symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left") as error, TraceWriter(path, header(1)):
+            pass
+        assert error.value.filename == str(path)
+
     def test_by_a_killed_process_leaves_a_readable_file(self, tmp_path: Path) -> None:
         program = """
 import sys

@@ -196,7 +196,9 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(fd)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names no file
         with suppress(OSError):
             os.unlink(temporary)
         raise

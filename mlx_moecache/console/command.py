@@ -21,6 +21,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: what a C program would leave, so scripts wit
 
 def run(body: Callable[[], int], *, debug: bool = False) -> int:
     """Run a command's body and return its exit code; `debug` adds the traceback of an error."""
+    _occupy_standard_streams()
     make_streams_safe()
     try:
         try:
@@ -79,6 +80,15 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _detail(error: Exception) -> str:
     return f": {error}" if str(error) else ""
+
+
+def _occupy_standard_streams() -> None:
+    """Where a standard stream is closed, put nothing in its place: MLX takes a file that gets number 0 for not open."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
 
 
 def _drop_unwritable() -> None:

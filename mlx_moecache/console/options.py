@@ -78,9 +78,13 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
 
 
 def sampler_of(args: argparse.Namespace, tokenizer: TokenizerWrapper, vocabulary: int | None) -> Sampler:
-    """What `sampler_for` makes of the flags. Raises UsageError for a --top-k beyond the vocabulary."""
+    """What `sampler_for` makes of the flags. Raises UsageError for numbers of tokens beyond the vocabulary."""
     if vocabulary is not None and args.top_k >= vocabulary:
         raise UsageError(f"--top-k must be below this model's {vocabulary} tokens, not {args.top_k}; 0 means all")
+    if vocabulary is not None and args.min_tokens_to_keep > vocabulary:
+        raise UsageError(
+            f"--min-tokens-to-keep must be at most this model's {vocabulary} tokens, not {args.min_tokens_to_keep}"
+        )
     return sampler_for(
         tokenizer,
         temperature=args.temp,

@@ -12,7 +12,8 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ from .trace_format import (
     Ids,
     TracedLayer,
     TraceHeader,
+    is_cut_off,
     read_frame,
     read_header,
     score_type,
@@ -54,7 +56,8 @@ if TYPE_CHECKING:
 class TraceWriter:
     """Appends calls to a trace file; created if it is new, continued if its header is the same.
 
-    Raises UsageError, before anything is written, if the file is something else or a trace of another run.
+    A call that was cut off at the end of the file is dropped. Raises UsageError, before anything is written, if the
+    file is something else, a trace of another run, or damaged.
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
@@ -68,12 +71,14 @@ class TraceWriter:
             text = json.dumps(asdict(header)).encode()
             self._file = path.open("wb")
             self._file.write(PREFIX.pack(MAGIC, VERSION, len(text)) + text)
-        self._file.flush()
+        with self._named():
+            self._file.flush()
 
     def begin_sequence(self, *, cold: bool = True) -> None:
         """Another sequence follows. cold: its caches were empty at the start."""
         self._write(FRAME.pack(SEQUENCE, COLD if cold else 0, 0, 0, 0, 0)[:-4], b"")
-        self._file.flush()
+        with self._named():
+            self._file.flush()
 
     def record(
         self,
@@ -121,7 +126,8 @@ class TraceWriter:
         self.record(call.layer, call.phase, call.z, call.own, call.used, p=call.p, steps=call.steps)
 
     def close(self) -> None:
-        self._file.close()
+        with self._named():
+            self._file.close()
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -132,7 +138,17 @@ class TraceWriter:
         self.close()
 
     def _write(self, head: bytes, payload: bytes) -> None:
-        self._file.write(head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload)
+        with self._named():
+            self._file.write(head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk is that of this file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
 
 
 @dataclass(frozen=True)
@@ -215,7 +231,10 @@ def read_trace(path: Path) -> Trace:
         raise UsageError(
             f"{path} holds no routing: the run that recorded it ended before its first token; run it again"
         )
-    note = f"left out the last {size - at:,} bytes of {path}: they are not whole, as after an interruption"
+    why = "they are not whole, as after an interruption"
+    if not is_cut_off(header, data, at):
+        why = f"the file is damaged at byte {at:,}"
+    note = f"left out the last {size - at:,} bytes of {path}: {why}"
     return Trace(path, header, layers, note if at < size else None)
 
 
@@ -300,6 +319,11 @@ def _end_of_continuable(path: Path, header: TraceHeader) -> int:
             )
     while (frame := read_frame(there, data, at)) is not None:
         at = frame.end
+    if not is_cut_off(there, data, at):
+        raise UsageError(
+            f"{path} is damaged at byte {at:,}; going on there would lose the {len(data) - at:,} bytes that follow, so "
+            "choose a new file name"
+        )
     return at
 
 

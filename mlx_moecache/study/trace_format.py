@@ -97,14 +97,9 @@ def read_frame(header: TraceHeader, data: memoryview, at: int) -> Frame | None:
     if at + FRAME.size > len(data):
         return None
     kind, flags, layer, rows, width, check = FRAME.unpack_from(data, at)
-    sizes = []
-    if kind == CALL:
-        if layer >= len(header.layers) or not rows or not 0 < width <= header.layers[layer].k:
-            return None
-        shape = header.layers[layer]
-        scores = rows * shape.ranked * np.dtype(score_type(shape.ranked)).itemsize
-        sizes = [2 * rows * shape.k, 2 * rows * width]
-        sizes += [scores] * (bool(flags & SCORES) + bool(flags & PROBABILITIES))
+    sizes = _sizes(header, kind, flags, layer, rows, width)
+    if sizes is None:
+        return None
     start = at + FRAME.size
     end = start + sum(sizes)
     if end > len(data) or zlib.crc32(data[start:end], zlib.crc32(data[at : start - 4])) != check:
@@ -114,6 +109,25 @@ def read_frame(header: TraceHeader, data: memoryview, at: int) -> Frame | None:
         parts.append(data[start : start + size])
         start += size
     return Frame(kind, flags, layer, rows, width, tuple(parts), end)
+
+
+def is_cut_off(header: TraceHeader, data: memoryview, at: int) -> bool:
+    """True if what `read_frame` does not take at `at` is the beginning of one frame, as an ended writer leaves it."""
+    if at + FRAME.size > len(data):
+        return True
+    sizes = _sizes(header, *FRAME.unpack_from(data, at)[:-1])
+    return sizes is not None and at + FRAME.size + sum(sizes) > len(data)
+
+
+def _sizes(header: TraceHeader, kind: int, flags: int, layer: int, rows: int, width: int) -> list[int] | None:
+    """Bytes of the parts of a frame; None if there is no such frame."""
+    if kind == SEQUENCE:
+        return []
+    if kind != CALL or layer >= len(header.layers) or not rows or not 0 < width <= header.layers[layer].k:
+        return None
+    shape = header.layers[layer]
+    scores = rows * shape.ranked * np.dtype(score_type(shape.ranked)).itemsize
+    return [2 * rows * shape.k, 2 * rows * width] + [scores] * (bool(flags & SCORES) + bool(flags & PROBABILITIES))
 
 
 def softmax(z: Floats) -> Floats:
