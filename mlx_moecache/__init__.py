@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .generation import stream_generate as stream_generate
     from .loading import load as load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "generate", "load", "stream_generate"]
 
 _HOMES = {"load": "loading", "generate": "generation", "stream_generate": "generation"}

@@ -16,8 +16,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .expert_cache import ExpertCache, LayerExperts
+from .expert_cache import ExpertCache
 from .guess import Guess
+from .layer_experts import LayerExperts
 from .observer import RoutedCall, Scores
 from .optimistic import Optimist, Unchecked
 from .residents import Load, Wave, hottest_last
@@ -328,7 +329,7 @@ class CachedSwitch:
         if self.seam is not None:
             biased = not isinstance(self.seam.strategy, Original)
             partly = self.layer.residents.capacity < self.num_experts
-            self.seam.watched = bool(self.cache.observers)
+            self.seam.watched, self.seam.partly_resident = bool(self.cache.observers), partly
             prunes = biased and not self.seam.strategy.uses_residents
             self.seam.enabled = (partly or prunes or self.seam.watched) and (biased or self.bit_exact)
 

@@ -1,99 +1,48 @@
-"""The expert cache of a model: per layer a set of residents, a slot pool and where the bytes of the others are.
+"""The expert cache of a model: all of its MoE layers, with their phases, counters, contents and sizes.
 
-Knows how to make experts resident (plan, fence, read, publish) and counts what happened. It does not know how bytes
-move (reader.py), who is evicted (eviction.py), or what is computed with the experts (moe_block.py).
+How experts become resident is in slot_loading.py. It does not know how bytes move (reader.py), who is evicted
+(eviction.py), or what is computed with the experts (moe_block.py).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .checkpoints.expert_layout import ComponentSpec, LayerExtents
-from .checkpoints.read_batch import Pending
-from .checkpoints.reader import ExpertReader, ReadRequest
+from .checkpoints.reader import ExpertReader
 from .contents import CacheContents, LayerContents
-from .errors import BudgetError, ReadError, UsageError
-from .journal import Journal, Operation
+from .errors import BudgetError, UsageError
+from .layer_experts import LayerExperts
 from .observer import Observer, UsageListener
-from .read_pace import ReadPace
-from .residents import Load, Residents
-from .routing import Original, RunningRange, Strategy
-from .seam import SelectionSeam
-from .slots import SlotPool
+from .routing import Original, Strategy
+from .slot_loading import SlotLoading
 from .stats import CacheStats, Phase, PhaseStats
 
 if TYPE_CHECKING:
     from .budget import MemoryPlan
-    from .look_ahead import LookAhead, Staged
-
-    Early = dict[int, Staged] | None
     from .optimistic import Optimist
 
 FILL_BATCH = 16  # experts per read while a layer is filled: enough to keep all threads busy
 
 
-class LayerExperts:
-    """Everything about the experts of one MoE layer."""
-
-    def __init__(
-        self,
-        path: str,
-        extents: LayerExtents,
-        components: Sequence[ComponentSpec],
-        *,
-        num_experts: int,
-        k: int,
-        slots: int,
-        eviction: str,
-        running_range: RunningRange,
-    ) -> None:
-        self.path, self.extents, self.num_experts, self.k = path, extents, num_experts, k
-        self.residents = Residents(num_experts, slots, eviction)
-        self.pool = SlotPool(components, slots)
-        self.stats = CacheStats()  # of this layer alone
-        self.range = running_range  # of the router's scores, shared with the selection seam
-        self.seam: SelectionSeam | None = None  # of its router, set by the MoE block
-        self.on_resize: Callable[[], None] = lambda: None  # set by the MoE block: hands the pool's arrays to the model
-
-    @property
-    def bytes_per_expert(self) -> int:
-        return self.extents.bytes_per_expert
-
-    def requests(self, expert: int, views: Sequence[memoryview]) -> list[ReadRequest]:
-        """Reads of `expert` into `views`, one per component."""
-        e = self.extents
-        return [ReadRequest(e.shards[c][expert], e.offsets[c][expert], view) for c, view in enumerate(views)]
-
-    def requests_into(self, expert: int, slot: int) -> list[ReadRequest]:
-        return self.requests(expert, [self.pool.view(c, slot) for c in range(len(self.extents.nbytes))])
-
-
-class ExpertCache:
+class ExpertCache(SlotLoading):
     """All MoE layers of one model, their common reader, routing strategy and statistics.
 
     Not safe for use from several threads; one model serves one request at a time.
     """
 
     def __init__(self, layers: Sequence[LayerExperts], reader: ExpertReader, strategy: Strategy) -> None:
-        self.layers = tuple(layers)
-        self.reader = reader
+        super().__init__(layers, reader)
         self.strategy = strategy
         self.stats = CacheStats()
         self.observers: tuple[Observer, ...] = ()
-        self.journal = Journal()  # of what is under way with slots
-        self.overlaps = True  # compute what is there while the rest is read, where that pays
-        self.pace = ReadPace()
         self.optimist: Optimist | None = None  # set by loading
-        self.look_ahead: LookAhead | None = None  # set by loading
         self.listener: UsageListener | None = None
         self.choose_strategy: Callable[[Strategy | str], Strategy] | None = None  # set by loading; see set_strategy
         self.plan_slots: Callable[[str | int], MemoryPlan] | None = None  # memory -> plan, set by loading
         self.adopt_plan: Callable[[MemoryPlan], None] = lambda plan: None  # called when the slots are those of the plan
         self._phase: Phase | None = None
-        self._closed = False
         for x in self.layers:
             self._fill(x)
 
@@ -120,126 +69,11 @@ class ExpertCache:
         """
         return rows == 1 and not isinstance(self.strategy, Original) and self.phase_of(rows) == "decode"
 
-    # ---- making experts resident ----
-
     def count(self, layer: LayerExperts, rows: int, seen: PhaseStats) -> None:
         """Add what a call of `layer` with `rows` tokens did to the counters."""
         phase = self.phase_of(rows)
         self.stats.of(phase).add(seen)
         layer.stats.of(phase).add(seen)
-
-    def load(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats, *, early: Early = None) -> None:
-        """Read `loads` into their slots and publish them; what that took is counted in `stats`.
-
-        Raises ReadError; residents, their order and the bytes in the slots are then as they were before.
-        """
-        with self.loading(layer, loads, stats, joining=True, early=early):
-            pass
-
-    @contextmanager
-    def loading(
-        self,
-        layer: LayerExperts,
-        loads: Sequence[Load],
-        stats: PhaseStats,
-        *,
-        joining: bool = False,
-        early: Early = None,
-    ) -> Iterator[None]:
-        """The same while the block runs, which may compute with every slot that `loads` do not write.
-
-        joining: the block will not take long. early: what was read ahead for all waves of `layer`, taken out as it is
-        used; None: look for it. If the block or a read fails, residents, their order and the bytes in the slots are as
-        they were before; if even that is cut off, `mend` has to follow.
-        """
-        ahead = self.look_ahead
-        if early is not None:
-            staged = {x.expert: early.pop(x.expert) for x in loads if x.expert in early}
-        else:
-            staged = {} if ahead is None else ahead.claim(layer, [x.expert for x in loads], stats)
-        if not loads:
-            yield
-            if ahead is not None:
-                ahead.ended(layer, 0.0, 0.0)
-            return
-        undisturbed = ahead is None or not (staged or early or ahead.is_reading)
-        try:
-            requests = self._prepare(layer, [x for x in loads if x.expert not in staged])
-            operation = self.journal.begin(layer, frozenset(x.slot for x in loads))
-            pending = self._begin(layer, loads, requests, operation, joining=joining and not staged)
-        except BaseException:
-            if ahead is not None:
-                ahead.release(list(staged.values()))
-            raise
-        batches = [pending, *(x.pending for x in staged.values())]
-        began = returned = time.perf_counter()
-        try:
-            try:
-                yield
-            except BaseException:
-                pending.cancel()
-                raise
-            returned = time.perf_counter()
-            for batch in batches:
-                batch.wait()
-            for x in loads:
-                if x.expert in staged:
-                    staged[x.expert].copy_to(x.slot)
-        except BaseException:
-            self._restore(layer, loads, operation)
-            raise
-        finally:
-            waited = time.perf_counter() - returned
-            if ahead is not None:
-                ahead.release(list(staged.values()))
-            stats.bytes_read += pending.bytes_read
-            stats.read_seconds += sum(x.read_seconds for x in batches)
-            stats.wait_seconds += waited
-            if undisturbed:
-                self.pace.observe(pending.bytes_read, pending.read_seconds)
-        if ahead is not None:
-            otherwise = self.pace.read_per_byte * layer.bytes_per_expert * len(loads)
-            ahead.ended(layer, waited, max(0.0, otherwise - (returned - began)))
-        self._publish(layer, loads, stats)
-        self.journal.end(operation)
-
-    def _begin(
-        self,
-        layer: LayerExperts,
-        loads: Sequence[Load],
-        requests: Sequence[ReadRequest],
-        operation: Operation,
-        *,
-        joining: bool,
-    ) -> Pending:
-        try:
-            return self.reader.start(requests, joining=joining)
-        except ReadError:  # the reader is closed
-            self.journal.end(operation)
-            raise
-        except BaseException:
-            self._restore(layer, loads, operation)
-            raise
-
-    def _prepare(self, layer: LayerExperts, loads: Sequence[Load]) -> list[ReadRequest]:
-        """What to read; nothing that is still computed needs the slots any more."""
-        if self._closed:
-            raise ReadError(f"{layer.path} needs experts from disk, but its cache is closed; load the model again")
-        layer.pool.fence()
-        return [r for x in loads for r in layer.requests_into(x.expert, x.slot)]
-
-    def mend(self) -> None:
-        """Forget what is in slots whose change was cut off, as by Ctrl-C (see journal.py). Any call may follow.
-
-        Every call of a layer and of the methods below does this first.
-        """
-        if self.journal.open:
-            self.journal.mend(self.reader)
-
-    def _publish(self, layer: LayerExperts, loads: Sequence[Load], stats: PhaseStats) -> None:
-        layer.residents.publish(loads)
-        stats.loads += len(loads)
-        stats.evictions += sum(x.victim is not None for x in loads)
 
     # ---- watching ----
 
@@ -294,9 +128,11 @@ class ExpertCache:
         self._exchange([x.experts for x in contents.layers])
         for layer, saved in zip(self.layers, contents.layers, strict=True):
             wanted = set(saved.experts)
-            for e in [e for e in layer.residents.experts if e not in wanted]:
-                layer.residents.drop(e)
-            layer.residents.adopt_history(saved.residents)
+            others = [e for e in layer.residents.experts if e not in wanted]
+            with self.journal.changing(layer, [layer.residents.slot_of(e) for e in others]):
+                for e in others:
+                    layer.residents.drop(e)
+                layer.residents.adopt_history(saved.residents)
             layer.range.set(saved.range_total, saved.range_tokens)
 
     def warm(self, experts: Sequence[Sequence[int]]) -> int:
@@ -343,7 +179,8 @@ class ExpertCache:
         self.mend()
         for x in self.layers:
             if x.residents.capacity < x.num_experts:
-                x.residents.clear()
+                with self.journal.changing(x, range(x.residents.capacity)):
+                    x.residents.clear()
             x.range.reset()
             x.stats = CacheStats()
         self.stats = CacheStats()
@@ -389,44 +226,6 @@ class ExpertCache:
         self.reader.close()
 
     # ---- inside ----
-
-    def _exchange(self, wanted: Sequence[Sequence[int]]) -> int:
-        """Make `wanted` of each layer resident in one read; the number of experts read."""
-        if self._closed:
-            raise ReadError("experts are needed from disk, but the cache is closed; load the model again")
-        self.mend()
-        planned = [(x, x.residents.plan_exchange(ids)) for x, ids in zip(self.layers, wanted, strict=True)]
-        for layer, _ in planned:
-            layer.pool.fence()
-        plans = [(x, loads, self.journal.begin(x, frozenset(y.slot for y in loads))) for x, loads in planned if loads]
-        try:
-            self.reader.read(
-                [r for layer, loads, _ in plans for x in loads for r in layer.requests_into(x.expert, x.slot)]
-            )
-        except BaseException:
-            for plan in plans:
-                self._restore(*plan)
-            raise
-        for layer, loads, operation in plans:
-            layer.residents.publish(loads)
-            self.journal.end(operation)
-        return sum(len(loads) for _, loads, _ in plans)
-
-    def _restore(self, layer: LayerExperts, loads: Sequence[Load], operation: Operation) -> None:
-        """Bring victims whose slots may have been overwritten back, so that a failed read changes nothing."""
-        if operation not in self.journal.open:  # mended meanwhile: the slots belong to others
-            return
-        self.reader.give_up()
-        lost = {x.victim: x.slot for x in loads if x.victim is not None}
-        try:
-            for victim, slot in list(lost.items()):
-                with suppress(ReadError):
-                    self.reader.read(layer.requests_into(victim, slot))
-                    del lost[victim]
-        finally:
-            for victim in lost:  # their bytes are gone, also after a second Ctrl-C: they must not be found again
-                layer.residents.drop(victim)
-        self.journal.end(operation)
 
     def _resize_layer(self, layer: LayerExperts, slots: int) -> None:
         if slots != layer.residents.capacity:

@@ -172,7 +172,8 @@ def stream_generate(
         prompt_progress=prompt_progress,
     )
     experts = expert_cache_of(model)
-    experts.reader.check_unchanged()
+    if experts.has_host_reads:  # else nothing is read any more
+        experts.reader.check_unchanged()
     before = experts.stats.copy()
     detokenizer = tokenizer.detokenizer
     prompt_tps = 0.0

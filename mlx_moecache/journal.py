@@ -8,13 +8,15 @@ so their experts are forgotten and will be read again. Plain Python, no arrays.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .checkpoints.reader import ExpertReader
 
 if TYPE_CHECKING:
-    from .expert_cache import LayerExperts
+    from .layer_experts import LayerExperts
 
 
 @dataclass(eq=False, frozen=True)
@@ -42,6 +44,13 @@ class Journal:
         """What the host says about these slots is true again."""
         if operation in self.open:
             self.open.remove(operation)
+
+    @contextmanager
+    def changing(self, layer: LayerExperts, slots: Iterable[int]) -> Iterator[None]:
+        """What the host says about `slots` of `layer` changes inside; nothing is written."""
+        operation = self.begin(layer, frozenset(slots))
+        yield
+        self.end(operation)  # not after an exception: what it cut off has to be mended
 
     def mend(self, reader: ExpertReader) -> None:
         """Make sure that nothing lands any more, and forget what operations that were cut off may have touched.

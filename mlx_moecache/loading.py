@@ -26,10 +26,11 @@ from .checkpoints.open_files import allow_open_files
 from .checkpoints.reader import EmulatedFlash, ExpertReader
 from .elastic import ElasticSlots, Stage, stage_contexts
 from .errors import CheckpointError, UnsupportedModelError, UsageError
-from .expert_cache import ExpertCache, LayerExperts
+from .expert_cache import ExpertCache
 from .footprint import KVOptions
 from .guess import watching_norms
 from .kv_growth import install_growth
+from .layer_experts import LayerExperts
 from .lazy_model import build_lazily, one_line, read_weights
 from .look_ahead import LookAhead, buffers_for
 from .moe_block import NO_SEAM, MoeBlock, find_blocks
@@ -300,6 +301,7 @@ class OpenedModel:
 
     def _make_elastic(self, stages: Sequence[Stage], stager: Callable[[int], list[Stage]], cache: ExpertCache) -> None:
         def apply(plan: MemoryPlan, slots: Sequence[int]) -> None:
+            cache.mend()
             if list(slots) != cache.slots_per_layer:
                 cache.resize(slots=slots)
             self.model.memory_plan = plan
@@ -308,7 +310,7 @@ class OpenedModel:
         planned: list[Stage] = []
 
         def plan_slots(memory: str | int) -> MemoryPlan:
-            planned[:] = stager(budget_here(memory, held=self.resident + cache.nbytes))
+            planned[:] = stager(budget_here(memory, held=self._held(cache)))
             return elastic.plan_in(planned)
 
         def adopt_plan(plan: MemoryPlan) -> None:
@@ -317,6 +319,10 @@ class OpenedModel:
 
         cache.plan_slots, cache.adopt_plan = plan_slots, adopt_plan
         self.model.elastic_slots = elastic
+
+    def _held(self, cache: ExpertCache) -> int:
+        """Bytes that the model has already and that a plan charges; a conversation's KV cache is not known here."""
+        return self.resident + cache.nbytes + cache.reader.host_buffer_bytes + OVERHEAD
 
     def _refuse_gpu_formats(self) -> None:
         """MLX's CPU backend multiplies unquantised experts in float32 only; it would fail at the first token.
@@ -358,7 +364,7 @@ class OpenedModel:
                 kv=first.kv,
                 host_buffers=first.host_buffers,
                 overhead=first.overhead,
-                budget=budget_here(memory, held=first.resident + self.model.expert_cache.nbytes),
+                budget=budget_here(memory, held=self._held(self.model.expert_cache)),
                 prefill_step_size=first.prefill_step_size,
             )
 

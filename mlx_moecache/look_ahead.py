@@ -20,8 +20,8 @@ from .payoff import Payoff
 from .stats import PhaseStats
 
 if TYPE_CHECKING:
-    from .expert_cache import LayerExperts
     from .guess import Guess, Guesser
+    from .layer_experts import LayerExperts
 
 
 MOST_BUFFERS = 16  # experts
@@ -73,6 +73,7 @@ class LookAhead:
         self._buffers = [reader.reserve(size) for _ in range(buffers)]
         self._free = list(self._buffers)
         self._staged: list[Staged] = []
+        self._claimed: list[Staged] = []  # that a layer is taking over
         self._dropped: list[Staged] = []  # whose buffers may still be written
         self._guessed: LayerExperts | None = None  # about which there is a guess
         self._judged = False  # there was one about the layer that reads now
@@ -158,6 +159,7 @@ class LookAhead:
             return {}
         wanted = set(needed)
         found = [s for s in staged if s.layer is layer and s.expert in wanted and not s.pending.gave_up]
+        self._claimed += found
         self.release([s for s in staged if s not in found])
         stats.read_ahead_used += len(found)
         return {s.expert: s for s in found}
@@ -169,11 +171,16 @@ class LookAhead:
                 s.released = True
                 s.pending.drop()
                 self._dropped.append(s)
+                if s in self._claimed:
+                    self._claimed.remove(s)
 
     def _renew(self) -> None:
-        """Nothing is read ahead any more, and every buffer is free."""
+        """Nothing is read ahead any more, and every buffer is free, whoever still thinks to have one."""
         self._reader.give_up(ahead=True)
-        self._staged, self._dropped, self._free = [], [], list(self._buffers)
+        for s in (*self._staged, *self._claimed, *self._dropped):
+            s.released = True
+        self._staged, self._claimed, self._dropped = [], [], []
+        self._free = list(self._buffers)
 
     def _collect(self, stats: PhaseStats) -> None:
         """Take back the buffers of reads that ended, and count what they brought."""

@@ -18,7 +18,8 @@ from .cached_switch import CachedSwitch, Switch
 from .calls import replace_call
 from .checkpoints.expert_layout import ComponentSpec
 from .errors import UnsupportedModelError
-from .expert_cache import ExpertCache, LayerExperts
+from .expert_cache import ExpertCache
+from .layer_experts import LayerExperts
 from .routing import RunningRange
 from .seam import SelectionSeam, find_owner
 

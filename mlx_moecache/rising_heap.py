@@ -30,7 +30,7 @@ class RisingHeap:
         heapq.heappush(self._entries, (key, self._added, member))
 
     def remove(self, member: int) -> None:
-        del self._serial[member]
+        self._serial.pop(member, None)  # an interrupt may have taken it out already
         if len(self._entries) > 2 * len(self._serial) + SPARE:
             self._entries = [x for x in self._entries if self._serial.get(x[2]) == x[1]]
             heapq.heapify(self._entries)

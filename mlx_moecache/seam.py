@@ -62,6 +62,7 @@ class SelectionSeam:
         self.range = RunningRange()
         self.bias_mask: Callable[[int], mx.array | None] = lambda rows: None  # rows -> residents [E], None: no bias
         self.watched = False  # keep the router's own selection
+        self.partly_resident = False  # the switch looks at each observation, and D may be needed
         self.window: Window | None = None  # a text is scored: every token has residents of its own
         self.selections = 0  # final selections seen since the last reset, for the self-test
         self._guesses = False  # the call is asked about an input that is not the token's
@@ -187,7 +188,8 @@ class SelectionSeam:
             resident, means = biased
             return self.strategy.rank(z, p, resident.reshape(z.shape), means.reshape(*z.shape[:-1], 1), k)
         mean_range = None
-        if self.strategy.uses_residents or flat.shape[0] > 1:  # a prompt counts whatever the strategy: it may change
+        # A prompt counts whatever the strategy, which may change.
+        if self.strategy.uses_residents or (self.partly_resident and flat.shape[0] > 1):
             mean_range = self.range.mean if self._guesses else self.range.observe(flat)
         self._observation = Observation(flat, mean_range, None)
         if self.watched or self._guesses:

@@ -141,6 +141,7 @@ class _WatchedLayer:
         c.loads += len(came)
         c.swapped += len(set(ids) - set(own))
         c.all_hit += not came
+        c.waits += bool(came)
         c.lives += len(left)
         c.life_tokens += sum(now - self._born.pop(e) for e in left)
         c.mass_lost += float(p[own].sum() - p[ids].sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -302,6 +303,18 @@ class TestRunningMean:
         for a, b in zip(exact.blocks, m.blocks, strict=True):
             assert a.running_range.tokens == b.running_range.tokens == 30
             assert a.running_range.total.item() == b.running_range.total.item()
+
+    @pytest.mark.parametrize("routing", ["pruning:k=2", "original", "cache-prior"])
+    def test_nothing_piles_up_where_all_experts_are_resident(self, shelf: Shelf, routing: str) -> None:
+        opened = OpenedModel(shelf.checkpoint("qwen2_moe"))
+        model = opened.load(MemoryOptions(slots=99), CacheOptions(routing=routing))
+        tokens, used = random_tokens(1, 200), []
+        for _ in range(4):
+            run_model(model, tokens, [200])
+            gc.collect()
+            mx.clear_cache()
+            used.append(mx.get_active_memory())
+        assert max(used[1:]) <= used[0] + 4096
 
     def test_reset_starts_it_again(self, shelf: Shelf) -> None:
         m = Biased(shelf, "mixtral", slots=3)

@@ -17,7 +17,8 @@ from tiny_models import Shelf, random_tokens, run_model, same_bits
 from mlx_moecache.checkpoints.expert_layout import ComponentSpec, LayerExtents
 from mlx_moecache.checkpoints.reader import ExpertReader, Pending, ReadRequest
 from mlx_moecache.errors import BudgetError, ReadError, UsageError
-from mlx_moecache.expert_cache import ExpertCache, LayerExperts
+from mlx_moecache.expert_cache import ExpertCache
+from mlx_moecache.layer_experts import LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.routing import CachePrior, Original, RunningRange
 from mlx_moecache.stats import CacheStats, PhaseStats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -312,6 +313,14 @@ class TestFailure:
         assert shard.stat().st_mtime_ns > before
         with pytest.raises(ReadError, match=f"{shard} was changed since the model was loaded"):
             generate(model, tokenizer, TEXT, max_tokens=3)
+
+    def test_a_shard_of_which_nothing_is_read_any_more_may_change(
+        self, shelf: Shelf, tokenizer: TokenizerWrapper, tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copytree(shelf.checkpoint("qwen2_moe"), tmp_path / "copy"))
+        model = OpenedModel(path).load(MemoryOptions(slots=16, max_context=256), CacheOptions(routing="original"))
+        os.utime(path / "model-00002-of-00002.safetensors")
+        assert generate(model, tokenizer, TEXT, max_tokens=3)
 
     def test_resizing_between_tokens_changes_no_token(self, shelf: Shelf, tokenizer: TokenizerWrapper) -> None:
         model, sizes = load(shelf, slots=4), [4, 16, 9, 16, 16, 5, 4, 16, 7]

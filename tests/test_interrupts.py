@@ -24,7 +24,18 @@ from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.stats import PhaseStats
 
 SLOTS = 6
-TRACED = ("expert_cache", "residents", "slots", "look_ahead", "cached_switch", "journal", "eviction", "rising_heap")
+TRACED = (
+    "expert_cache",
+    "slot_loading",
+    "layer_experts",
+    "residents",
+    "slots",
+    "look_ahead",
+    "cached_switch",
+    "journal",
+    "eviction",
+    "rising_heap",
+)
 
 
 def opened(*, slots: int = SLOTS, eviction: str = "lru") -> nn.Module:
@@ -210,6 +221,38 @@ def test_a_load_that_is_given_up_late_leaves_newer_residents_alone(weights: dict
     gc.collect()
     assert {20, 21} <= set(layer.residents.experts)
     check(cache, weights)
+
+
+def test_buffers_of_a_load_that_is_given_up_late_are_not_given_back_twice() -> None:
+    model = opened()
+    ahead, layer = model.expert_cache.look_ahead, model.expert_cache.layers[1]
+    ahead._start(layer, [30, 31], PhaseStats())
+    taken = ahead.claim(layer, [30, 31], PhaseStats())
+    assert len(taken) == 2
+    ahead.guesser_after(0)  # finds that buffers are missing
+    assert len(ahead._free) == len(ahead._buffers)
+    ahead.release(list(taken.values()))  # the load that was cut off is closed at last
+    ahead._collect(PhaseStats())
+    assert len(ahead._free) == len({id(b) for b in ahead._free}) == len(ahead._buffers)
+
+
+def test_an_interrupt_at_any_line_of_a_reset_or_a_return_leaves_true_records(
+    expected: list[list[int]], weights: dict[str, Any]
+) -> None:
+    model = opened()
+    cache = model.expert_cache
+    reply(model, 0, 4)
+    contents = cache.contents()
+    for action in (cache.reset, lambda: cache.restore(contents)):
+        reply(model, 1, 4)
+        with Interrupt(0) as whole:
+            action()
+        for at in range(1, whole.lines, max(1, whole.lines // 25)):
+            reply(model, 1, 4)
+            with pytest.raises(KeyboardInterrupt), Interrupt(at):
+                action()
+            check(cache, weights)
+    assert reply(model, 1) == expected[1]
 
 
 def test_a_buffer_is_never_handed_out_twice(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,8 @@ class TestAgainstAPlainModel:
             assert layer.residents.eviction_order() == plain.recent
             lost = float(p[own].sum() - p[list(chosen)].sum()) if chosen != set(own) else 0.0
             expected += Counts(
-                *(1, 1, len(chosen), missing, missing, len(chosen - set(own)), int(missing == 0)), mass_lost=lost
+                *(1, 1, len(chosen), missing, missing, len(chosen - set(own)), int(missing == 0), int(missing > 0)),
+                mass_lost=lost,
             )
         expected.lives, expected.life_tokens = len(plain.lives), sum(plain.lives)
         assert replace(layer.counts, mass_lost=0) == replace(expected, mass_lost=0)

@@ -15,7 +15,8 @@ from tiny_models import Shelf, random_tokens, run_model
 
 from mlx_moecache.errors import UsageError
 from mlx_moecache.eviction import EVICTION
-from mlx_moecache.expert_cache import ExpertCache, LayerExperts
+from mlx_moecache.expert_cache import ExpertCache
+from mlx_moecache.layer_experts import LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.observer import RoutedCall
 from mlx_moecache.residents import Load, uses_of
@@ -338,8 +339,16 @@ class TestSharedPool:
 # ---- results ----
 
 
+def test_a_chunk_of_a_prompt_waits_once_in_each_layer(folder: Path) -> None:
+    for layer in scored(folder, [40, 1, 1]).layers:
+        for strategy in (Original(), CachePrior(0.1, 1)):
+            counts = replay_strategy(layer, layer.scores(), 5, "lru", strategy, {0: []})
+            assert (counts.prefill.waits, counts.prefill.all_hit) == (1, 0)
+            assert counts.decode.waits == counts.decode.token_layers - counts.decode.all_hit
+
+
 def test_time_per_token_is_computing_plus_a_wait_per_reading_layer_plus_the_bytes() -> None:
-    counts = PhaseCounts(decode=Counts(tokens=10, token_layers=20, selections=60, misses=12, loads=12, all_hit=15))
+    counts = PhaseCounts(decode=Counts(10, 20, selections=60, misses=12, loads=12, all_hit=15, waits=5))
     result = Result(Setting(Original(), "lru", 5), True, counts, (0, 12_000))
     m = result.metrics(True, Device(flash=1e6, latency=1e-3, compute=2e-3))
     assert m["ms_per_token"] == pytest.approx(2 + 0.5 + 1.2)

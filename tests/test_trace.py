@@ -19,6 +19,8 @@ from made_traces import E, K, header, scores, top
 from mlx_moecache.demo import DEMO_MODEL
 from mlx_moecache.errors import UsageError
 from mlx_moecache.observer import RoutedCall
+from mlx_moecache.routing import CachePrior
+from mlx_moecache.study.simulator import replay_strategy, starts_of
 from mlx_moecache.study.trace import Trace, TraceWriter, read_trace
 from mlx_moecache.study.trace_format import TracedLayer, TraceHeader, softmax
 
@@ -84,7 +86,8 @@ class TestWhatWasRecorded:
             writer.begin_sequence(cold=False)  # the empty one before was cold, and so this is
             writer.record(0, "decode", z, top(z), top(z))
         trace = read_trace(tmp_path / "t")
-        assert trace.layers[0].sequences == trace.layers[1].sequences == ((0, True), (2, False), (4, True))
+        assert trace.layers[0].sequences == ((0, True), (2, False), (4, True))
+        assert trace.layers[1].sequences == ((0, True), (2, False))  # which had no call after that
 
     def test_swapped_and_pruned_selections_are_told_from_the_routers_own(self, tmp_path: Path) -> None:
         z, pruned = scores(3, 0), scores(2, 1)
@@ -204,15 +207,17 @@ class TestInterrupted:
         trace = read_trace(path)
         assert trace.layers[0].tokens == 1 and trace.note is not None and f"last {2 * frame:,} bytes" in trace.note
 
-    @pytest.mark.parametrize("damage", ["a byte", "another trace"])
+    @pytest.mark.parametrize("damage", ["a byte", "the number of rows", "another trace"])
     def test_a_damaged_file_is_not_continued_as_what_follows_would_be_lost(self, tmp_path: Path, damage: str) -> None:
         path = tmp_path / "t"
         write_calls(path, [(0, "decode", 1)] * 3)
         data = bytearray(path.read_bytes())
         frame = 14 + 4 * E + 4 * K
-        lost = 2 * frame if damage == "a byte" else len(data)
+        lost = len(data) if damage == "another trace" else 2 * frame
         if damage == "a byte":
             data[-frame - 20] ^= 1
+        elif damage == "the number of rows":
+            data[-2 * frame + 7] ^= 0x40
         else:
             data = data + data
         path.write_bytes(data)
@@ -231,6 +236,18 @@ class TestInterrupted:
         with pytest.raises(OSError, match="No space left") as error, TraceWriter(path, header(1)):
             pass
         assert error.value.filename == str(path)
+
+    def test_before_the_first_call_of_a_sequence_leaves_no_empty_one(self, tmp_path: Path) -> None:
+        path, z = tmp_path / "t", scores(1, 0)
+        with TraceWriter(path, header(2)) as writer:
+            for layer in range(2):
+                writer.record(layer, "decode", z, top(z), top(z))
+            writer.begin_sequence()
+            writer.record(0, "decode", z, top(z), top(z))  # cut off before the second layer
+        first, second = read_trace(path).layers
+        assert (first.sequences, second.sequences) == (((0, True), (1, True)), ((0, True),))
+        for x in (first, second):
+            replay_strategy(x, x.scores(), 5, "lru", CachePrior(0.1, 1), starts_of(x, 5, "empty"))
 
     def test_by_a_killed_process_leaves_a_readable_file(self, tmp_path: Path) -> None:
         program = """

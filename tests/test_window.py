@@ -14,7 +14,7 @@ from stepwise_scorer import StepwiseScorer
 from tiny_models import Shelf, random_tokens, run_model, same_bits
 
 from mlx_moecache.errors import UsageError
-from mlx_moecache.expert_cache import LayerExperts
+from mlx_moecache.layer_experts import LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.routing import (
     BoundedRegret,

@@ -33,6 +33,7 @@ BOUNCES_PER_THREAD = 2
 INLINE_BYTES = 256 * 1024
 # A demand waits for the pieces of an ahead batch that were begun, one per thread: so these are small.
 AHEAD_PIECE_BYTES = 512 * 1024
+GIVEN_UP = "these reads were given up before, so their bytes never arrived; start them again"
 CLOSED = "the reader is closed; open the model again to read its experts"
 
 
@@ -140,7 +141,8 @@ class ExpertReader:
             if self._closed:
                 return  # reading says so
             for path, descriptor, version in zip(self._shards, self._descriptors, self._versions, strict=True):
-                if _version(descriptor) != version:
+                now = _version(descriptor)
+                if None not in (now, version) and now != version:
                     raise ReadError(
                         f"{path} was changed since the model was loaded, so its experts are not those of the model in "
                         "memory; load the model again"
@@ -218,7 +220,7 @@ class ExpertReader:
 
     def _wait(self, batch: Pending) -> None:
         if batch.gave_up and batch.failure is None:
-            raise ReadError("these reads were given up before, so their bytes never arrived; start them again")
+            raise ReadError(GIVEN_UP)
         started = time.perf_counter()
         try:
             with self._turn:
@@ -228,6 +230,8 @@ class ExpertReader:
                     self._drain(batch)
                 with self._lock:
                     self._changed.wait_for(lambda: batch.is_idle)
+                if batch.gave_up and batch.failure is None:
+                    raise ReadError(GIVEN_UP)
                 if batch.failure is None:
                     self._sleep_until_delivered(batch)
         except BaseException as error:

@@ -323,7 +323,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p",
         type=number(0, 1),
         default=1.0,
-        help="sample from the likeliest tokens that make up this share (default: %(default)s, all)",
+        help="sample from the likeliest tokens that make up this share; 0: the likeliest only (default: %(default)s, "
+        "all)",
     )
     group.add_argument(
         "--min-p",

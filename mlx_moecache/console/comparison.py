@@ -174,6 +174,8 @@ def _check_memory(session: ChatSession, prompt: int) -> None:
     longest = conversation.max_context if most == -1 else min(prompt + most, conversation.max_context)
     step = held // -(-len(conversation.tokens) // KV_STEP)
     needed = held + -(-longest // KV_STEP) * step
+    if conversation.kv.bits and prompt < conversation.kv.quantized_start <= len(conversation.tokens):
+        needed = held + plan.kv  # the other one begins unquantised
     elastic = session.model.elastic_slots
     reserved = plan.kv if elastic is None else elastic.stages[-1].prefill.kv
     if needed > reserved:

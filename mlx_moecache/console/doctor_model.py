@@ -22,8 +22,9 @@ from mlx_lm.utils import load_model
 
 from .. import footprint, system
 from ..budget import format_bytes
-from ..expert_cache import ExpertCache, LayerExperts
+from ..expert_cache import ExpertCache
 from ..generation import StepOptions, generate_step, stream_generate
+from ..layer_experts import LayerExperts
 from ..loading import CacheOptions, MemoryOptions, OpenedModel
 from .doctor_check import Check, Figure, Show, State
 

@@ -63,7 +63,7 @@ class Expectation:
     def from_replay(cls, result: Result) -> Expectation:
         c, read = result.counts.of(True), result.bytes_read[True]
         hits = 1 - c.misses / max(1, c.selections)
-        size, waits = read / max(1, c.tokens), (c.token_layers - c.all_hit) / max(1, c.tokens)
+        size, waits = read / max(1, c.tokens), c.waits / max(1, c.tokens)
         return cls(result.setting.strategy.name, (hits, hits), (size, size), (waits, waits), result.is_exact)
 
     def seconds(self, flash: EmulatedFlash) -> Range:

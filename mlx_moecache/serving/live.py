@@ -21,8 +21,8 @@ from ..stats import CacheStats, PhaseStats
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from ..expert_cache import LayerExperts
     from ..generation import Response
+    from ..layer_experts import LayerExperts
 
 MEASURE_EVERY = 0.25  # seconds between measurements of memory while a reply runs
 OVERLAP = 0.005  # seconds by which snapshots overlap: a call that is being noted while one is taken is not lost

@@ -153,16 +153,18 @@ def measure(
                 if belady is not None and job.run.slots not in best and len(reading.inputs) == 1:
                     best[job.run.slots] = sum(belady(r, job.run.slots) for r in routes)
                 unit = _measure(job, exact, reading, reference, counts, best.get(job.run.slots))
-                job.run.units.append(unit)
-                keep(job.run, job.scorer, initial)
+                keep(job.run, job.scorer, initial, unit)
                 on_unit(job.run, unit)
         sequence += len(reading.inputs)
 
 
-def keep(run: Run, scorer: Scorer, initial: str) -> None:
-    """Note in `run` what it needs, after its last unit, to go on."""
-    run.ranges = [list(r) for r in scorer.ranges]
-    run.caches = None if initial == "empty" or len(run.units) >= run.n else scorer.caches
+def keep(run: Run, scorer: Scorer, initial: str, unit: Unit) -> None:
+    """Add `unit` to `run`, and what the run needs to go on after it."""
+    ranges = [list(r) for r in scorer.ranges]
+    caches = None if initial == "empty" or len(run.units) + 1 >= run.n else scorer.caches
+    # Python looks for Ctrl-C after calls, and the only one here is the last: all of this or nothing.
+    run.ranges, run.caches = ranges, caches
+    run.units.append(unit)
 
 
 def resume(run: Run, scorer: Scorer, initial: str) -> None:

@@ -295,8 +295,7 @@ class Session:
             resume(run, scorer, request.initial)
             lm = MoeCacheLM(model, self.tokenizer, scope=self.material.scope, scorer=scorer)
             for unit in task.units(lm, limit=request.limit, skip=run.measured):
-                run.units.append(unit)
-                keep(run, scorer, request.initial)
+                keep(run, scorer, request.initial, unit)
                 on_unit(run, unit)
         finally:
             model.expert_cache.close()

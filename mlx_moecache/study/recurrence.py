@@ -32,6 +32,7 @@ class Counts:
     loads: int = 0
     swapped: int = 0  # selections that are not among the router's own
     all_hit: int = 0  # token-layers without a miss: the host need not wait for a read
+    waits: int = 0  # calls of a layer that had to read; a chunk of a prompt is one call
     lives: int = 0  # experts evicted, and how long they were resident, in tokens; those still there do not count
     life_tokens: int = 0
     mass_lost: float = 0.0  # router mass of its own selections less that of those that ran
@@ -176,6 +177,7 @@ class LayerRecurrence:
         c.misses += misses
         c.loads += len(loads)
         c.all_hit += rows * (misses == 0)
+        c.waits += misses > 0
         return missing, loads
 
     # ---- inside ----
@@ -198,6 +200,7 @@ class LayerRecurrence:
         c.misses += len(missing)
         c.loads += len(missing)
         c.all_hit += not missing
+        c.waits += bool(missing)
         if self.accounting == "engine" or not missing:
             if missing:
                 self._load(touched)

@@ -30,8 +30,7 @@ class Device:
         """Predicted seconds for all tokens of `counts`."""
         if self.flash is None:
             return None
-        reads = counts.token_layers - counts.all_hit
-        return counts.tokens * self.compute + reads * self.latency + bytes_read / self.flash
+        return counts.tokens * self.compute + counts.waits * self.latency + bytes_read / self.flash
 
 
 @dataclass(frozen=True)

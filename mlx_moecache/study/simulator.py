@@ -180,3 +180,4 @@ def add_call(into: Counts, call: Call, misses: int, loads: int) -> None:
     into.misses += misses
     into.loads += loads
     into.all_hit += call.rows * (misses == 0)
+    into.waits += misses > 0

@@ -287,7 +287,7 @@ class _Builder:
             used,
             np.array(self._calls),
             np.array(self._decode),
-            tuple(self._sequences),
+            tuple(s for s in self._sequences if s[0] < len(self._decode)),  # not one that ended before its first call
             tuple(self._scores) if len(self._scores) == len(self._own) else None,
         )
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ..errors import UsageError
 
 MAGIC, VERSION = b"MOETRACE", 1
+MOST_ROWS = 2**20  # of a call; more is damage
 NOBODY = 0xFFFF  # where fewer experts ran than in other rows
 FLOAT32_EXPERTS = 64  # up to here scores are stored in float32
 
@@ -123,9 +124,11 @@ def _sizes(header: TraceHeader, kind: int, flags: int, layer: int, rows: int, wi
     """Bytes of the parts of a frame; None if there is no such frame."""
     if kind == SEQUENCE:
         return []
-    if kind != CALL or layer >= len(header.layers) or not rows or not 0 < width <= header.layers[layer].k:
+    if kind != CALL or layer >= len(header.layers):
         return None
     shape = header.layers[layer]
+    if not 0 < rows <= MOST_ROWS or not 0 < width <= shape.k:
+        return None
     scores = rows * shape.ranked * np.dtype(score_type(shape.ranked)).itemsize
     return [2 * rows * shape.k, 2 * rows * width] + [scores] * (bool(flags & SCORES) + bool(flags & PROBABILITIES))
 

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import UnsupportedModelError, UsageError
-from ..expert_cache import ExpertCache, LayerExperts
+from ..expert_cache import ExpertCache
+from ..layer_experts import LayerExperts
 from ..observer import Observer, RoutedCall
 from ..routing import Strategy
 from ..seam import SelectionSeam
