@@ -182,8 +182,7 @@ class OpenedModel:
             raise UsageError("give either memory or slots, not both: slots say how much memory the experts take")
         if not 1 <= options.max_context <= LONGEST_CONTEXT:
             raise UsageError(
-                f"max context must be from 1 to {LONGEST_CONTEXT:,} tokens, not {options.max_context:,}; no model's "
-                "memory reaches further"
+                f"max context must be at least 1 token and at most {LONGEST_CONTEXT:,}, not {options.max_context:,}"
             )
 
     def _estimate(self, options: MemoryOptions, context: int) -> tuple[int, ForwardShape]:
@@ -322,7 +321,7 @@ class OpenedModel:
 
     def _held(self, cache: ExpertCache) -> int:
         """Bytes that the model has already and that a plan charges; a conversation's KV cache is not known here."""
-        return self.resident + cache.nbytes + cache.reader.host_buffer_bytes + OVERHEAD
+        return self.resident + cache.nbytes + cache.reader.host_buffer_bytes
 
     def _refuse_gpu_formats(self) -> None:
         """MLX's CPU backend multiplies unquantised experts in float32 only; it would fail at the first token.

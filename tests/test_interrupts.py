@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -38,9 +38,23 @@ TRACED = (
 )
 
 
+_open: list[nn.Module] = []
+
+
 def opened(*, slots: int = SLOTS, eviction: str = "lru") -> nn.Module:
     options = MemoryOptions(slots=slots, max_context=128, prefill_step_size=32)
-    return OpenedModel(demo_model()).load(options, CacheOptions(routing="original", eviction=eviction))
+    model = OpenedModel(demo_model()).load(options, CacheOptions(routing="original", eviction=eviction))
+    _open.append(model)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Tracebacks of interrupts keep models alive, and with them threads and files that other tests count."""
+    yield
+    while _open:
+        _open.pop().expert_cache.close()
+    gc.collect()
 
 
 def reply(model: nn.Module, seed: int, tokens: int = 12) -> list[int]:

@@ -233,7 +233,10 @@ def test_a_model_that_does_not_run_is_answered_with_what_would(command: Run) -> 
         (["--flash-latency", "5us"], "--flash-latency is part of an emulated flash"),
         (["--trace", "missing.trace"], "no trace at missing.trace"),
         (["--trace", __file__, "--memory", "100MB"], "is not a trace; give a file that was recorded with --trace"),
-        (["--max-context", "3000000000"], "max context must be from 1 to 1,073,741,824 tokens"),
+        (
+            ["--max-context", "3000000000"],
+            "max context must be at least 1 token and at most 1,073,741,824",
+        ),
         (["--max-context", "0"], "--max-context: must be at least 1, not 0"),
         (["--model", "demo"], "--model: the model has no flag here"),
         (["--bogus"], "unknown flag --bogus"),
