@@ -21,10 +21,11 @@ from .guess import Guess
 from .layer_experts import LayerExperts
 from .observer import RoutedCall, Scores
 from .optimistic import Optimist, Unchecked
-from .residents import Load, Wave, hottest_last
+from .residents import Load, Wave
 from .routing import Original
 from .seam import SelectionSeam
 from .stats import PhaseStats
+from .uses import ranked_uses
 
 if TYPE_CHECKING:
     from .look_ahead import Staged
@@ -87,7 +88,7 @@ class CachedSwitch:
             optimist.run += 1
         guess = self._guess(x) if rows == 1 else None
         ids, scores, swapped = self._read_host(indices.reshape(rows, -1), seen, guess)
-        uses = _uses(ids, scores, self.num_experts)
+        uses = ranked_uses(ids, scores, self.num_experts)
         needed = [e for e, _ in uses]
         missed = [e for e in needed if e not in layer.residents]
         misses = sum(n for e, n in uses if e not in layer.residents) if rows > 1 else len(missed)
@@ -130,7 +131,7 @@ class CachedSwitch:
 
     def commit(self, chose: Unchecked) -> None:
         """A layer that ran unchecked had all of its experts: account for it as if the host had looked at once."""
-        uses = _uses(chose.ids, chose.scores, self.num_experts)
+        uses = ranked_uses(chose.ids, chose.scores, self.num_experts)
         self.layer.residents.touch(uses)
         self.cache.count(self.layer, 1, PhaseStats(len(uses), len(uses), swapped=chose.swapped))
         if self.cache.listener is not None:
@@ -332,26 +333,3 @@ class CachedSwitch:
             self.seam.watched, self.seam.partly_resident = bool(self.cache.observers), partly
             prunes = biased and not self.seam.strategy.uses_residents
             self.seam.enabled = (partly or prunes or self.seam.watched) and (biased or self.bit_exact)
-
-
-def _uses(
-    ids: npt.NDArray[np.uint32], scores: npt.NDArray[np.float32] | None, num_experts: int
-) -> list[tuple[int, int]]:
-    """(expert, number of selections), those worth keeping last, numbers from `num_experts` on left out.
-
-    Several tokens: by number of selections, and by last use among equals. Tokens count in their order; within a token
-    the experts are touched from the highest score to the lowest (equal scores: lower number first), as the paper's
-    author does, so the best expert of a token is the oldest of its k.
-    """
-    if len(ids) == 1:  # one token: NumPy's fixed costs would be ten times the work
-        row: list[int] = ids[0].tolist()
-        if scores is not None:
-            row = [e for _, e in sorted(zip((-scores[0]).tolist(), row, strict=True))]
-        return [(e, 1) for e in row if e < num_experts]
-    if scores is not None:
-        order = np.lexsort((ids, -scores), axis=-1)
-        ids = np.take_along_axis(ids, order, axis=-1)
-    experts, last, counts = np.unique(ids.ravel()[::-1], return_index=True, return_counts=True)
-    oldest_first = np.argsort(-last)
-    oldest_first = oldest_first[experts[oldest_first] < num_experts]
-    return hottest_last(list(zip(experts[oldest_first].tolist(), counts[oldest_first].tolist(), strict=True)))

@@ -202,8 +202,8 @@ class SelectionSeam:
         # Strength 0 hands the model's own result through: a zero bonus could still order ties differently.
         if mask is None or self.strategy.is_exact:
             return None
-        p = self._probabilities(z, k, in_logits)
-        return self.strategy.rank(z, p, mask, mx.array(0.0) if mean_range is None else mean_range, k)
+        mass = self._probabilities(z, k, in_logits) if self.strategy.uses_mass else None
+        return self.strategy.rank(z, mass, mask, mx.array(0.0) if mean_range is None else mean_range, k)
 
     def _probabilities(self, z: mx.array, k: int, in_logits: bool) -> mx.array:
         biases = None if self._correction is None else getattr(self.owner, self._correction)  # loaded after the seam

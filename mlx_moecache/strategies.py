@@ -33,6 +33,7 @@ class _Base:
 
     name: ClassVar[str]
     uses_residents: ClassVar[bool] = True
+    uses_mass: ClassVar[bool] = False  # whether `rank` needs p
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -158,6 +159,7 @@ class CumulativeThreshold(_Base):
     threshold: float = 0.5  # P, a share of the router mass of all experts
 
     name = "cumsum"
+    uses_mass = True
 
     def __post_init__(self) -> None:
         self._check("top_j", usual="1 or 2")
@@ -189,6 +191,7 @@ class MassBudget(_Base):
     top_j: int = 2
 
     name = "mass-budget"
+    uses_mass = True
 
     def __post_init__(self) -> None:
         self._check("delta", most=1, usual="0.004 to 0.02")
@@ -227,6 +230,7 @@ class BoundedRegret(_Base):
     epsilon: float = 0.02  # p of the expert given up less p of the one taken, at most
 
     name = "bounded-regret"
+    uses_mass = True
 
     def __post_init__(self) -> None:
         self._check("swaps", usual="1 or 2")
@@ -261,6 +265,7 @@ class Price(_Base):
     top_j: int = 1
 
     name = "price"
+    uses_mass = True
 
     def __post_init__(self) -> None:
         self._check("delta", most=1, usual="0.005 to 0.05")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_moecache.errors import UsageError
 from mlx_moecache.eviction import EVICTION
-from mlx_moecache.residents import Load, Residents, hottest_last
+from mlx_moecache.residents import Load, Residents
+from mlx_moecache.uses import hottest_last
 
 EXPERTS, K = 10, 3
 tokens = st.lists(st.permutations(range(EXPERTS)).map(lambda p: p[:K]), min_size=1, max_size=40)

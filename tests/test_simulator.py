@@ -19,7 +19,7 @@ from mlx_moecache.expert_cache import ExpertCache
 from mlx_moecache.layer_experts import LayerExperts
 from mlx_moecache.loading import CacheOptions, MemoryOptions, OpenedModel
 from mlx_moecache.observer import RoutedCall
-from mlx_moecache.residents import Load, uses_of
+from mlx_moecache.residents import Load
 from mlx_moecache.routing import CachePrior, Original
 from mlx_moecache.study.recurrence import Counts, LayerRecurrence
 from mlx_moecache.study.shared_pool import SHARED_POLICIES, replay_shared
@@ -27,6 +27,7 @@ from mlx_moecache.study.simulation import Device, Result, Setting, settings, sim
 from mlx_moecache.study.simulator import PhaseCounts, calls_of, replay_bound, replay_layer, replay_strategy, starts_of
 from mlx_moecache.study.trace import Trace, TraceWriter, describe_run, read_trace
 from mlx_moecache.study.trace_format import TracedLayer, TraceHeader
+from mlx_moecache.uses import uses_of
 
 Event = tuple[list[int], list[Load]]
 

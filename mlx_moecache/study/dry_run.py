@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..observer import Ids, RoutedCall, Scores
-from ..residents import Residents, uses_of
+from ..observer import RoutedCall
+from ..residents import Residents
 from ..strategies import Original, Strategy
+from ..uses import ranked_uses
 from .recurrence import LayerRecurrence, over_layers
 from .trace_format import softmax
 
@@ -71,7 +72,9 @@ class DryRun:
                 biased_from = 0 if call.phase == "decode" else len(call.z)
                 recurrence.run(call.z, p, call.own.astype(np.intp), biased_from=biased_from)
             else:
-                recurrence.call(uses_of(_rows(call.own, call.z, recurrence.residents.num_experts)), len(call.z), call.z)
+                scores = np.take_along_axis(call.z, call.own, axis=-1)
+                uses = ranked_uses(call.own, scores, recurrence.residents.num_experts)
+                recurrence.call(uses, len(call.z), call.z)
             if call.phase != "decode":
                 recurrence.counts = before  # the prompt warms the caches and is not counted
 
@@ -103,9 +106,3 @@ class DryRun:
             biased.misses,
             biased.mass_lost,
         )
-
-
-def _rows(own: Ids, z: Scores, experts: int) -> list[list[int]]:
-    """The selections of each token, its best first; those that compute nothing are left out."""
-    order = np.lexsort((own, -np.take_along_axis(z, own, axis=-1)), axis=-1)
-    return [[e for e in row if e < experts] for row in np.take_along_axis(own, order, axis=-1).tolist()]

@@ -37,6 +37,16 @@ class Counts:
     life_tokens: int = 0
     mass_lost: float = 0.0  # router mass of its own selections less that of those that ran
 
+    def add_call(self, uses: Sequence[tuple[int, int]], rows: int, misses: int, loads: int) -> None:
+        """Count one call of a layer with `rows` tokens, which used (expert, count)."""
+        self.tokens += rows
+        self.token_layers += rows
+        self.selections += sum(n for _, n in uses)
+        self.misses += misses
+        self.loads += loads
+        self.all_hit += rows * (misses == 0)
+        self.waits += misses > 0
+
     def __iadd__(self, other: Counts) -> Counts:
         """Add what the same layers did with further tokens."""
         for f in fields(self):
@@ -155,7 +165,7 @@ class LayerRecurrence:
 
         uses: (expert, count), those worth keeping last (see `uses_of`). z: [rows, E] scores; None: D is not needed.
         """
-        c, resident = self.counts, self.residents
+        resident = self.residents
         self._tokens += 1  # experts come with the first of these tokens
         needed = [e for e, _ in uses]
         missing = [e for e in needed if e not in resident]
@@ -171,13 +181,7 @@ class LayerRecurrence:
         self._tokens += rows - 1
         for token_range in _ranges(z) if z is not None else ():
             self._range_total = self._range_total + token_range
-        c.tokens += rows
-        c.token_layers += rows
-        c.selections += sum(n for _, n in uses)
-        c.misses += misses
-        c.loads += len(loads)
-        c.all_hit += rows * (misses == 0)
-        c.waits += misses > 0
+        self.counts.add_call(uses, rows, misses, len(loads))
         return missing, loads
 
     # ---- inside ----

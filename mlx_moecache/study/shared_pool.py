@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 from ..errors import UsageError
-from .simulator import Call, PhaseCounts, add_call, calls_of
+from .simulator import Call, PhaseCounts, calls_of
 from .trace import LayerTrace
 
 SHARED_POLICIES = ("lru", "least-stale")
@@ -86,7 +86,8 @@ def replay_shared(layers: Sequence[LayerTrace], capacity: int, policy: str) -> l
         for key in pool.use(i, needed):
             into.lives += 1
             into.life_tokens += clocks[key[0]] - born.pop(key)
-        add_call(into, call, sum(n for e, n in call.uses if e in missing), len(missing))
+        misses = sum(n for e, n in call.uses if e in missing)
+        into.add_call(call.uses, call.rows, misses, len(missing))
         clocks[i] += call.rows
     return counts
 

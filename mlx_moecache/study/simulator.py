@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..residents import Load, uses_of
+from ..residents import Load
 from ..strategies import Original, Strategy
+from ..uses import uses_of
 from .belady import Belady
 from .recurrence import Counts, LayerRecurrence
 from .trace import LayerTrace
@@ -128,7 +129,7 @@ def replay_bound(layer: LayerTrace, slots: int, bound: str, starts: Starts) -> P
             into.lives += 1
             into.life_tokens += clock - born.pop(e)
         clock += call.rows
-        add_call(into, call, misses, len(missing))
+        into.add_call(call.uses, call.rows, misses, len(missing))
     return counts
 
 
@@ -170,14 +171,3 @@ def _stretches(layer: LayerTrace, starts: Starts) -> Iterator[tuple[int, int, bo
     bounds = [*sorted({0, *starts, *changes.tolist()}), len(layer.decode)]
     for i, j in pairwise(bounds):
         yield i, j, bool(several[i])
-
-
-def add_call(into: Counts, call: Call, misses: int, loads: int) -> None:
-    """Count one call."""
-    into.tokens += call.rows
-    into.token_layers += call.rows
-    into.selections += sum(n for _, n in call.uses)
-    into.misses += misses
-    into.loads += loads
-    into.all_hit += call.rows * (misses == 0)
-    into.waits += misses > 0
